@@ -113,6 +113,28 @@ impl Tensor {
         Ok(source.record_view("reshape", view, move |grad| grad.reshape(from)))
     }
 
+    /// A new axis of one element before axis `axis`: a view.
+    ///
+    /// # Errors
+    /// If the tensor has fewer axes, or as many as can be.
+    pub fn unsqueeze(&self, axis: usize) -> Result<Tensor> {
+        let rank = self.rank();
+        if axis > rank || rank == MAX_RANK {
+            return Err(self.shape_error("unsqueeze", "tensor", format!("{axis} to 5 axes")));
+        }
+        let mut shape = [1; MAX_RANK];
+        let mut strides = [1; MAX_RANK];
+        for from in 0..rank {
+            let to = from + usize::from(from >= axis);
+            shape[to] = self.shape[from];
+            strides[to] = self.strides[from];
+        }
+        let view =
+            self.view(Shape::new(&shape[..=rank]), Shape::new(&strides[..=rank]), self.offset);
+        let from = self.shape;
+        Ok(self.record_view("unsqueeze", view, move |grad| grad.reshape(from)))
+    }
+
     /// Two axes exchanged: a view.
     ///
     /// # Errors

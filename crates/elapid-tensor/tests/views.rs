@@ -83,6 +83,18 @@ fn row_views_of_column_ranges() {
 }
 
 #[test]
+fn unsqueeze_keeps_gaps_between_rows() {
+    let x = counting(&[3, 4]).requires_grad();
+    let y = x.split(1, &[2, 2]).unwrap()[1].unsqueeze(1).unwrap();
+    assert_eq!(*y.shape(), [3, 1, 2]);
+    assert_eq!(y.row_view::<f32>().unwrap().row(1), [6.0, 7.0]);
+    let grads = backward(&[(&y, Some(counting(&[3, 1, 2])))], &[&x]).unwrap();
+    let expected = [0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 2.0, 3.0, 0.0, 0.0, 4.0, 5.0];
+    assert_eq!(grads[0].as_ref().unwrap().to_vec::<f32>().unwrap(), expected);
+    assert!(x.unsqueeze(3).is_err());
+}
+
+#[test]
 fn casts_round_to_nearest_even() {
     let x = Tensor::from_slice(&[1.0f32, 1.003_906_3, 1.011_718_8, -2.5], [4]).unwrap();
     let narrow = x.cast(DType::BF16);

@@ -1,0 +1,27 @@
+//! Model folders: `config.json` and `model.safetensors` as transformers writes and opens them.
+//!
+//! Parameter names are those of the Hugging Face layout; the original layout's `backbone.embedding.weight`
+//! and configuration are read too. Convolution taps are [E, 1, W] in files, [E, W] in the model. Weights
+//! are f32, bf16 or f16 in files, f32 in the model; a tied head is left out when writing. Models with
+//! LayerNorm (`"rms_norm": false`) use the same names, though transformers itself knows RMSNorm only.
+
+mod config;
+mod load;
+mod original;
+mod save;
+mod weights;
+
+pub use config::{config_from_json, config_to_json, load_config};
+pub use load::{load_model, load_weights};
+pub use save::save_model;
+pub(crate) use save::write_model_files;
+
+/// The configuration's file name.
+pub const CONFIG_FILE: &str = "config.json";
+/// The weights' file name.
+pub const WEIGHTS_FILE: &str = "model.safetensors";
+/// The file name of the list of shards.
+pub const INDEX_FILE: &str = "model.safetensors.index.json";
+
+const EMBEDDINGS: &str = "backbone.embeddings.weight";
+const HEAD: &str = "lm_head.weight";

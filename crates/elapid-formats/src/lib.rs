@@ -1,0 +1,19 @@
+//! Files: model folders, recurrent-state files and training checkpoints.
+//!
+//! Whatever is read here comes from outside: it is validated before it is believed, errors name the file
+//! and the tensor with what was expected and what was found, and nothing is allocated beyond a small
+//! multiple of the file's size. Whatever is written appears whole or not at all ([`atomic`]).
+
+pub mod atomic;
+pub mod checkpoint;
+mod error;
+mod fingerprint;
+pub mod hf;
+mod json;
+pub mod state_file;
+pub mod tensor_file;
+
+pub use error::{Error, Result, TensorProblem};
+pub use fingerprint::{Fingerprint, state_hash};
+pub use state_file::{StateFile, load_state, save_state};
+pub use tensor_file::{TensorFile, save_tensors};

@@ -1,0 +1,206 @@
+//! Files of recurrent state: safetensors with `layers.{i}.{name}` (for Mamba `conv_state` [S,E,W-1], oldest
+//! first, and `ssm_state` [S,E,N]), and in the metadata what makes the file safe to go on from:
+//!
+//! | key | value |
+//! |---|---|
+//! | `format`, `version` | `elapid-state`, `1` |
+//! | `model` | the configuration values that the state depends on, as JSON |
+//! | `weights` | hash of the parameters, if it was taken |
+//! | `positions` | tokens that each slot has seen, as a JSON array |
+//! | `checksum` | XXH3-128 over all of the above and the tensors |
+
+use std::path::Path;
+
+use elapid_models::{LanguageModel, LayerState, State};
+use elapid_tensor::{DType, Tensor};
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::fingerprint::{from_hex, hex};
+use crate::tensor_file::{Entry, Metadata, TensorFile, write_tensors};
+use crate::{Error, Fingerprint, Result, atomic, state_hash};
+
+const FORMAT: &str = "elapid-state";
+const VERSION: &str = "1";
+
+/// A state as read from a file, and the model that it belongs to.
+#[derive(Debug)]
+pub struct StateFile {
+    /// The state.
+    pub state: State,
+    /// The model that it was made by.
+    pub fingerprint: Fingerprint,
+}
+
+/// Writes a state, atomically. `fingerprint` is that of the model that made it.
+///
+/// # Errors
+/// If a tensor is not f32 or has another number of slots, or the system refuses; an old file is then
+/// untouched.
+pub fn save_state(path: &Path, state: &State, fingerprint: &Fingerprint) -> Result<()> {
+    let (metadata, entries) = contents(path, state, fingerprint)?;
+    atomic::write_file(path, |out| write_tensors(out, &metadata, entries))
+}
+
+/// Reads a state for a model.
+///
+/// # Errors
+/// If the file is damaged, of another format or version, or the state is of another model (of other
+/// weights too, where both sides have hashed theirs).
+pub fn load_state(path: &Path, model: &LanguageModel, fingerprint: &Fingerprint) -> Result<State> {
+    let file = StateFile::read(path)?;
+    let mismatch = |what, expected: String, found: String| {
+        Err(Error::Mismatch { path: path.into(), what, expected, found })
+    };
+    if file.fingerprint.config != fingerprint.config {
+        return mismatch(
+            "state of another model",
+            fingerprint.config.clone(),
+            file.fingerprint.config,
+        );
+    }
+    if let (Some(expected), Some(found)) = (fingerprint.weights, file.fingerprint.weights)
+        && expected != found
+    {
+        return mismatch("state of a model with other weights", hex(expected), hex(found));
+    }
+    model.check_state(&file.state).map_err(|error| Error::format(path, error.to_string()))?;
+    Ok(file.state)
+}
+
+/// Metadata and tensors of a state's file.
+pub(crate) fn contents(
+    path: &Path,
+    state: &State,
+    fingerprint: &Fingerprint,
+) -> Result<(Metadata, Vec<Entry>)> {
+    let mut entries = Vec::new();
+    for (i, layer) in state.layers.iter().enumerate() {
+        if layer.iter().next().is_none() {
+            return Err(Error::format(path, format!("layer {i} of the state has no tensors")));
+        }
+        for (name, tensor) in layer.iter() {
+            check_tensor(path, i, name, tensor, state.slots())?;
+            entries.push(Entry::new(format!("layers.{i}.{name}"), tensor));
+        }
+    }
+    let mut metadata = Metadata::from([
+        ("format".into(), FORMAT.into()),
+        ("version".into(), VERSION.into()),
+        ("model".into(), fingerprint.config.clone()),
+        ("positions".into(), serde_json::json!(state.positions).to_string()),
+        ("checksum".into(), hex(checksum(state, fingerprint)?)),
+    ]);
+    if let Some(weights) = fingerprint.weights {
+        metadata.insert("weights".into(), hex(weights));
+    }
+    Ok((metadata, entries))
+}
+
+fn checksum(state: &State, fingerprint: &Fingerprint) -> Result<u128> {
+    let mut hash = Xxh3::new();
+    hash.update(&state_hash(state)?.to_le_bytes());
+    hash.update(&fingerprint.config_hash().to_le_bytes());
+    if let Some(weights) = fingerprint.weights {
+        hash.update(&weights.to_le_bytes());
+    }
+    Ok(hash.digest128())
+}
+
+fn check_tensor(
+    path: &Path,
+    layer: usize,
+    name: &str,
+    tensor: &Tensor,
+    slots: usize,
+) -> Result<()> {
+    let label = || format!("layers.{layer}.{name}");
+    if tensor.dtype() != DType::F32 {
+        return Err(Error::format(
+            path,
+            format!("{}: expected f32, found {}", label(), tensor.dtype()),
+        ));
+    }
+    if tensor.rank() == 0 || tensor.dim(0) != slots {
+        let message =
+            format!("{}: expected {slots} slots, found shape {}", label(), tensor.shape());
+        return Err(Error::format(path, message));
+    }
+    Ok(())
+}
+
+impl StateFile {
+    /// Reads a state without a model, as a tool that looks into files does.
+    ///
+    /// # Errors
+    /// If the file is damaged, or of another format or version.
+    pub fn read(path: &Path) -> Result<Self> {
+        let file = TensorFile::open(path)?;
+        let mismatch = |what, expected: &str, found: &str| Error::Mismatch {
+            path: path.into(),
+            what,
+            expected: expected.into(),
+            found: found.into(),
+        };
+        match file.metadata("format") {
+            Some(FORMAT) => {}
+            found => {
+                let found = found.unwrap_or("a safetensors file without that mark");
+                return Err(mismatch("not a state file", FORMAT, found));
+            }
+        }
+        let value = |key: &str| {
+            file.metadata(key)
+                .ok_or_else(|| Error::format(path, format!("damaged: the metadata lacks {key:?}")))
+        };
+        let bad = |key: &str| {
+            Error::format(path, format!("damaged: {key} in the metadata is unreadable"))
+        };
+        let version = value("version")?;
+        if version != VERSION {
+            return Err(mismatch("version of the state file", VERSION, version));
+        }
+        let positions: Vec<u64> =
+            serde_json::from_str(value("positions")?).map_err(|_| bad("positions"))?;
+        let weights = file
+            .metadata("weights")
+            .map(|text| from_hex(text).ok_or_else(|| bad("weights")))
+            .transpose()?;
+        let expected = from_hex(value("checksum")?).ok_or_else(|| bad("checksum"))?;
+        let fingerprint = Fingerprint { config: value("model")?.to_owned(), weights };
+        let state = State { layers: read_layers(&file, positions.len())?, positions };
+        let found = checksum(&state, &fingerprint)?;
+        if found != expected {
+            return Err(mismatch("damaged: checksum", &hex(expected), &hex(found)));
+        }
+        Ok(Self { state, fingerprint })
+    }
+}
+
+fn read_layers(file: &TensorFile, slots: usize) -> Result<Vec<LayerState>> {
+    let path = file.path();
+    let mut named: Vec<(usize, String)> = Vec::new();
+    for name in file.names() {
+        let parts = name.strip_prefix("layers.").and_then(|rest| rest.split_once('.'));
+        let Some((index, field)) = parts.and_then(|(i, f)| Some((i.parse().ok()?, f))) else {
+            return Err(Error::format(path, format!("unexpected tensor {name:?}")));
+        };
+        if format!("layers.{index}.{field}") != name {
+            return Err(Error::format(path, format!("unexpected tensor {name:?}")));
+        }
+        named.push((index, field.to_owned()));
+    }
+    named.sort_unstable();
+    let mut layers: Vec<Vec<(std::borrow::Cow<'static, str>, Tensor)>> = Vec::new();
+    for (index, field) in named {
+        if index > layers.len() {
+            return Err(Error::format(path, format!("layer {} is missing", layers.len())));
+        }
+        let tensor = file.tensor(&format!("layers.{index}.{field}"))?;
+        check_tensor(path, index, &field, &tensor, slots)?;
+        if index == layers.len() {
+            layers.push(Vec::new());
+        }
+        layers[index].push((field.into(), tensor));
+    }
+    Ok(layers.into_iter().map(LayerState::new).collect())
+}

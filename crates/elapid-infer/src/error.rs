@@ -1,0 +1,57 @@
+//! What can go wrong while generating.
+
+/// What can go wrong while generating.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Error {
+    /// The model or its state refused.
+    #[error(transparent)]
+    Model(#[from] elapid_models::Error),
+    /// An operation failed.
+    #[error(transparent)]
+    Tensor(#[from] elapid_tensor::Error),
+    /// An option has a value that makes no sense.
+    #[error("{name}: expected {expected}, found {found}")]
+    Option {
+        /// The option.
+        name: &'static str,
+        /// What is allowed.
+        expected: &'static str,
+        /// What was given.
+        found: String,
+    },
+    /// There is nothing to predict a first token from.
+    #[error("the prompt of sequence {sequence} is empty: at least one token is needed")]
+    EmptyPrompt {
+        /// Index of the request.
+        sequence: usize,
+    },
+    /// A token id is outside the vocabulary.
+    #[error(
+        "token {token} at place {place} of sequence {sequence}: the vocabulary has {vocabulary} tokens"
+    )]
+    Token {
+        /// Index of the request.
+        sequence: usize,
+        /// Index in the prompt.
+        place: usize,
+        /// The id.
+        token: u32,
+        /// Number of tokens of the model.
+        vocabulary: usize,
+    },
+    /// The model's output cannot be sampled from.
+    #[error(
+        "the logit of token {token} at position {position} is {value}: the model's weights or state are damaged"
+    )]
+    Logits {
+        /// The first such token.
+        token: u32,
+        /// Position of the token to be sampled.
+        position: u64,
+        /// NaN or an infinity.
+        value: f32,
+    },
+}
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;

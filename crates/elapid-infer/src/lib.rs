@@ -1,0 +1,20 @@
+//! Sampling and streaming generation.
+//!
+//! [`generate`] runs any number of prompts at once through a [`LanguageModel`](elapid_models::LanguageModel):
+//! a chunked prefill in constant memory, then decoding one token a sequence and step. The tokens of a
+//! sequence depend on its prompt, state, id and the sampling options alone, never on the batch it is in.
+
+mod error;
+mod forward;
+mod generate;
+mod prefill;
+mod sampler;
+mod text;
+
+pub use error::{Error, Result};
+pub use forward::{Piece, forward};
+pub use generate::{
+    Event, Finish, Generated, Generation, Options, Request, Timing, Vocabulary, generate,
+};
+pub use sampler::{Sampler, Sampling};
+pub use text::{StopStrings, TextStream, Utf8Stream};

@@ -1,0 +1,266 @@
+//! The Mamba language model: embedding, blocks, final norm, head (tied to the embedding or not).
+
+use elapid_ops::embedding::embedding;
+use elapid_ops::linear_cross_entropy::{
+    Reduction, linear_cross_entropy, linear_cross_entropy_per_token,
+};
+use elapid_ops::matmul::linear;
+use elapid_tensor::{Sequences, Shape, Tensor};
+
+use crate::initialize::Initializer;
+use crate::mixers::Mamba;
+use crate::parameter::Visitor;
+use crate::{Block, Context, Error, Kind, LayerState, MambaConfig, Norm, Parameter, Result, State};
+
+/// A Mamba language model.
+pub struct LanguageModel {
+    config: MambaConfig,
+    embedding: Tensor,
+    layers: Vec<Block>,
+    norm_f: Norm,
+    lm_head: Option<Tensor>,
+}
+
+impl LanguageModel {
+    /// A model with initial values drawn under `seed`.
+    ///
+    /// # Errors
+    /// If the configuration makes no sense.
+    pub fn new(config: &MambaConfig, seed: u64) -> Result<Self> {
+        Self::build(config, &Initializer::new(seed))
+    }
+
+    /// A model of zeros, to be loaded.
+    ///
+    /// # Errors
+    /// If the configuration makes no sense.
+    pub fn empty(config: &MambaConfig) -> Result<Self> {
+        Self::build(config, &Initializer::zeros())
+    }
+
+    fn build(config: &MambaConfig, init: &Initializer) -> Result<Self> {
+        config.validate()?;
+        let (d, v) = (config.d_model, config.padded_vocab_size());
+        let layers = (0..config.n_layer)
+            .map(|i| {
+                let prefix = format!("backbone.layers.{i}.mixer");
+                let mixer = Mamba::new(config, &prefix, init)?;
+                Ok(Block::new(Norm::new(config, init)?, Box::new(mixer)))
+            })
+            .collect::<Result<_>>()?;
+        let lm_head = (!config.tie_embeddings)
+            .then(|| init.uniform("lm_head.weight", 1.0 / (d as f64).sqrt(), &[v, d]))
+            .transpose()?;
+        Ok(Self {
+            config: config.clone(),
+            embedding: init.normal("backbone.embeddings.weight", 0.02, &[v, d])?,
+            layers,
+            norm_f: Norm::new(config, init)?,
+            lm_head,
+        })
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &MambaConfig {
+        &self.config
+    }
+
+    /// The blocks, first to last.
+    pub fn layers(&self) -> &[Block] {
+        &self.layers
+    }
+
+    /// Shows every parameter once, under its name in the Hugging Face layout.
+    ///
+    /// # Errors
+    /// Those of the visitor.
+    pub fn visit(&mut self, visitor: &mut Visitor<'_>) -> Result<()> {
+        visitor(Parameter {
+            name: "backbone.embeddings.weight".into(),
+            tensor: &mut self.embedding,
+            kind: Kind::Embedding,
+            decay: true,
+        })?;
+        for (i, layer) in self.layers.iter_mut().enumerate() {
+            layer.visit(&format!("backbone.layers.{i}"), visitor)?;
+        }
+        self.norm_f.visit("backbone.norm_f", visitor)?;
+        match &mut self.lm_head {
+            None => Ok(()),
+            Some(weight) => visitor(Parameter {
+                name: "lm_head.weight".into(),
+                tensor: weight,
+                kind: Kind::Projection,
+                decay: true,
+            }),
+        }
+    }
+
+    /// Names and shapes of every layer's state for a number of slots.
+    pub fn state_shapes(&self, slots: usize) -> Vec<Vec<(&'static str, Shape)>> {
+        self.layers.iter().map(|layer| layer.mixer().state_shapes(slots)).collect()
+    }
+
+    /// The state of `slots` sequences that have seen nothing.
+    pub fn fresh_state(&self, slots: usize) -> State {
+        let layers = self
+            .state_shapes(slots)
+            .into_iter()
+            .map(|shapes| {
+                LayerState::new(
+                    shapes
+                        .into_iter()
+                        .map(|(name, shape)| (name.into(), Tensor::zeros::<f32>(shape))),
+                )
+            })
+            .collect();
+        State { layers, positions: vec![0; slots] }
+    }
+
+    /// Checks that a state has this model's layers, names and shapes.
+    ///
+    /// # Errors
+    /// [`Error::State`] with the first difference.
+    pub fn check_state(&self, state: &State) -> Result<()> {
+        let expected = self.state_shapes(state.slots());
+        if expected.len() != state.layers.len() {
+            return Err(Error::State(format!(
+                "{} layers, expected {}",
+                state.layers.len(),
+                expected.len()
+            )));
+        }
+        for (i, (shapes, layer)) in expected.iter().zip(&state.layers).enumerate() {
+            for (name, shape) in shapes {
+                match layer.get(name) {
+                    Some(tensor) if tensor.shape() == *shape => {}
+                    found => {
+                        let found = found.map_or("nothing".into(), |t| t.shape().to_string());
+                        return Err(Error::State(format!(
+                            "layer {i}, {name}: expected shape {shape}, found {found}"
+                        )));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Token ids [T] (u32) to normalised hidden states [T, D] and the state after each sequence.
+    ///
+    /// # Errors
+    /// If an id is outside the vocabulary, the number of ids is not that of the sequences, or the state is
+    /// missing or of another model.
+    pub fn hidden(
+        &self,
+        ids: &Tensor,
+        sequences: &Sequences,
+        state: Option<State>,
+        context: &mut Context<'_>,
+    ) -> Result<(Tensor, State)> {
+        ids.expect_shape("language_model", "ids", &[sequences.tokens()])?;
+        let mut positions = vec![0; sequences.slots()];
+        let mut states: Vec<Option<LayerState>> = match state {
+            Some(state) => {
+                if state.slots() != sequences.slots() {
+                    return Err(Error::State(format!(
+                        "{} slots, expected {}",
+                        state.slots(),
+                        sequences.slots()
+                    )));
+                }
+                self.check_state(&state)?;
+                positions = state.positions;
+                state.layers.into_iter().map(Some).collect()
+            }
+            None if sequences.any_continued() => {
+                return Err(Error::State("a sequence is continued, but there is no state".into()));
+            }
+            None => vec![None; self.layers.len()],
+        };
+
+        let mut hidden = embedding(ids, &self.embedding)?;
+        context.tap("backbone.embeddings", &hidden);
+        let mut residual: Option<Tensor> = None;
+        let mut layers = Vec::with_capacity(self.layers.len());
+        for (i, (layer, state)) in self.layers.iter().zip(&mut states).enumerate() {
+            let (next, stream, state) =
+                context.within(&format!("backbone.layers.{i}"), |context| {
+                    layer.forward(&hidden, residual.as_ref(), sequences, state.take(), context)
+                })?;
+            hidden = next;
+            residual = Some(stream);
+            layers.push(state);
+        }
+        let (hidden, _) = self.norm_f.forward(&hidden, residual.as_ref())?;
+        context.tap("backbone.norm_f", &hidden);
+        for sequence in sequences {
+            let seen = &mut positions[sequence.slot];
+            *seen =
+                if sequence.continued { *seen } else { sequence.position } + sequence.len as u64;
+        }
+        Ok((hidden, State { layers, positions }))
+    }
+
+    /// Hidden states [K, D] to logits [K, V], padded rows included.
+    ///
+    /// # Errors
+    /// If the width is another.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        Ok(linear(hidden, self.head(), None)?)
+    }
+
+    /// Mean cross-entropy in nats over the tokens whose target is not -100, and the state after each
+    /// sequence. `targets[t]` is the token that follows `ids[t]`.
+    ///
+    /// # Errors
+    /// As [`LanguageModel::hidden`]; also if a target is outside the vocabulary.
+    pub fn loss(
+        &self,
+        ids: &Tensor,
+        targets: &[i64],
+        sequences: &Sequences,
+        state: Option<State>,
+        context: &mut Context<'_>,
+    ) -> Result<(Tensor, State)> {
+        let (hidden, state) = self.hidden(ids, sequences, state, context)?;
+        let targets = Tensor::from_slice(targets, [targets.len()])?;
+        let loss = linear_cross_entropy(
+            &hidden,
+            self.head(),
+            &targets,
+            self.config.vocab_size,
+            Reduction::Mean,
+        )?;
+        context.tap("loss", &loss);
+        Ok((loss, state))
+    }
+
+    /// Cross-entropy of every token in nats (0 where the target is -100), and the state. Records nothing.
+    ///
+    /// # Errors
+    /// As [`LanguageModel::loss`].
+    pub fn losses(
+        &self,
+        ids: &Tensor,
+        targets: &[i64],
+        sequences: &Sequences,
+        state: Option<State>,
+    ) -> Result<(Vec<f32>, State)> {
+        elapid_tensor::autograd::no_grad(|| {
+            let (hidden, state) = self.hidden(ids, sequences, state, &mut Context::new())?;
+            let targets = Tensor::from_slice(targets, [targets.len()])?;
+            let losses = linear_cross_entropy_per_token(
+                &hidden,
+                self.head(),
+                &targets,
+                self.config.vocab_size,
+            )?;
+            Ok((losses.to_vec()?, state))
+        })
+    }
+
+    fn head(&self) -> &Tensor {
+        self.lm_head.as_ref().unwrap_or(&self.embedding)
+    }
+}

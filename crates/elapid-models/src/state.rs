@@ -1,0 +1,145 @@
+//! Recurrent state as a value: named tensors per layer and a position per slot.
+//!
+//! States are passed by value. A sole owner is updated in place where an operation can; a clone shares
+//! storage until one of the two is written.
+
+use std::borrow::Cow;
+
+use elapid_tensor::Tensor;
+
+use crate::{Error, Result};
+
+/// The state of one mixer: tensors of shape [slots, ...] under their field names
+/// (`conv_state` [S,E,W-1], oldest first, and `ssm_state` [S,E,N] for Mamba).
+#[derive(Debug, Clone, Default)]
+pub struct LayerState {
+    tensors: Vec<(Cow<'static, str>, Tensor)>,
+}
+
+impl LayerState {
+    /// A state of the given named tensors.
+    pub fn new(tensors: impl IntoIterator<Item = (Cow<'static, str>, Tensor)>) -> Self {
+        Self { tensors: tensors.into_iter().collect() }
+    }
+
+    /// The tensors with their names.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.tensors.iter().map(|(name, tensor)| (name.as_ref(), tensor))
+    }
+
+    /// The tensor of that name.
+    pub fn get(&self, name: &str) -> Option<&Tensor> {
+        self.iter().find(|(own, _)| *own == name).map(|(_, tensor)| tensor)
+    }
+
+    /// Takes the tensor of that name out.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn take(&mut self, name: &str) -> Result<Tensor> {
+        match self.tensors.iter().position(|(own, _)| own == name) {
+            Some(index) => Ok(self.tensors.swap_remove(index).1),
+            None => {
+                let have: Vec<&str> = self.iter().map(|(name, _)| name).collect();
+                Err(Error::State(format!("no {name:?} among {have:?}")))
+            }
+        }
+    }
+
+    fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        let tensors = self
+            .tensors
+            .iter()
+            .map(|(name, tensor)| Ok((name.clone(), f(tensor)?)))
+            .collect::<Result<_>>()?;
+        Ok(Self { tensors })
+    }
+}
+
+/// The state of a model for some number of slots (sequences that can go on).
+#[derive(Debug, Clone, Default)]
+pub struct State {
+    /// One per layer.
+    pub layers: Vec<LayerState>,
+    /// Tokens that each slot has seen.
+    pub positions: Vec<u64>,
+}
+
+impl State {
+    /// Number of slots.
+    pub fn slots(&self) -> usize {
+        self.positions.len()
+    }
+
+    /// The same values without gradients.
+    pub fn detach(&self) -> Self {
+        Self {
+            layers: self
+                .layers
+                .iter()
+                .map(|layer| LayerState {
+                    tensors: layer
+                        .tensors
+                        .iter()
+                        .map(|(name, tensor)| (name.clone(), tensor.detach()))
+                        .collect(),
+                })
+                .collect(),
+            positions: self.positions.clone(),
+        }
+    }
+
+    /// A state whose slot `i` is this one's slot `slots[i]`: forks, reorders and selects.
+    ///
+    /// # Errors
+    /// If a slot does not exist.
+    pub fn select(&self, slots: &[usize]) -> Result<Self> {
+        if let Some(&slot) = slots.iter().find(|&&slot| slot >= self.slots()) {
+            return Err(Error::State(format!("slot {slot} of {}", self.slots())));
+        }
+        let rows = |tensor: &Tensor| -> Result<Tensor> {
+            let parts = slots
+                .iter()
+                .map(|&slot| tensor.narrow(0, slot, 1))
+                .collect::<Result<Vec<_>, _>>()?;
+            if parts.is_empty() {
+                return Ok(tensor.narrow(0, 0, 0)?);
+            }
+            Ok(Tensor::concat(&parts.iter().collect::<Vec<_>>(), 0)?)
+        };
+        Ok(Self {
+            layers: self.layers.iter().map(|layer| layer.map(rows)).collect::<Result<_>>()?,
+            positions: slots.iter().map(|&slot| self.positions[slot]).collect(),
+        })
+    }
+
+    /// The slots of several states of one model, in order.
+    ///
+    /// # Errors
+    /// If there is none, or they differ in layers, names or shapes.
+    pub fn join(states: &[&State]) -> Result<Self> {
+        let Some(first) = states.first() else {
+            return Err(Error::State("nothing to join".into()));
+        };
+        let mut layers = Vec::with_capacity(first.layers.len());
+        for (index, layer) in first.layers.iter().enumerate() {
+            let mut tensors = Vec::with_capacity(layer.tensors.len());
+            for (name, _) in &layer.tensors {
+                let parts = states
+                    .iter()
+                    .map(|state| {
+                        state.layers.get(index).and_then(|layer| layer.get(name)).ok_or_else(|| {
+                            Error::State(format!(
+                                "layer {index} lacks {name:?} in one of the states"
+                            ))
+                        })
+                    })
+                    .collect::<Result<Vec<_>>>()?;
+                tensors.push((name.clone(), Tensor::concat(&parts, 0)?));
+            }
+            layers.push(LayerState { tensors });
+        }
+        let positions = states.iter().flat_map(|state| state.positions.iter().copied()).collect();
+        Ok(Self { layers, positions })
+    }
+}

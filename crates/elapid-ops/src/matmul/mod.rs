@@ -1,0 +1,159 @@
+//! Matrix products: `matmul` for 2-D and batched 3-D tensors, and `linear`, the projection `y = x Wᵀ + b`.
+//!
+//! Operands are views of any strides and are never copied; results are contiguous. Each element of a result
+//! is summed in one fixed order (see `kernel.rs`) whatever the number of rows, their place in the batch, the
+//! strides and the number of threads, so a token has the same bits alone and in a batch. `TUNING.md` has the
+//! measurements behind this.
+
+mod cpu;
+mod kernel;
+mod matvec;
+#[cfg(test)]
+mod reference;
+#[cfg(test)]
+mod tests;
+mod transpose;
+
+pub use cpu::{Matrix, batched_gemm, gemm, gemm_add};
+
+use crate::reduce::sum_to_shape;
+use elapid_tensor::autograd::{Backward, Saved, record_one};
+use elapid_tensor::{Buffer, DType, Device, Error, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+/// `a b`: [M, K] x [K, N] -> [M, N], or [Z, M, K] x [Z, K, N] -> [Z, M, N], in f32.
+///
+/// Gradients: `da = dc bᵀ`, `db = aᵀ dc`.
+///
+/// # Errors
+/// If the ranks are not both 2 or both 3, the shapes do not fit, or a type is not f32.
+pub fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let out = product("matmul", a, b)?;
+    Ok(record_one("matmul", &[a, b], out, || {
+        let (a, b) = (Saved::new(a), Saved::new(b));
+        move |context: &mut Backward| {
+            let Some(grad) = context.take_grad(0) else { return Ok(vec![None, None]) };
+            let da = wanted(context, 0, || product("matmul", &grad, &transposed(&b.get()?)?))?;
+            let db = wanted(context, 1, || product("matmul", &transposed(&a.get()?)?, &grad))?;
+            Ok(vec![da, db])
+        }
+    }))
+}
+
+/// `y = x Wᵀ + b`: x [T, K], weight [N, K], bias [N] -> [T, N], in f32.
+///
+/// Gradients: `dx = dy W`, `dW = dyᵀ x`, `db = Σ_t dy_t`.
+///
+/// # Errors
+/// If the shapes do not fit or a type is not f32.
+pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    const OP: &str = "linear";
+    x.expect_rank(OP, "x", 2, "[T, K]")?;
+    weight.expect_rank(OP, "weight", 2, "[N, K]")?;
+    let (n, k) = (weight.dim(0), x.dim(1));
+    if weight.dim(1) != k {
+        return Err(weight.shape_error(OP, "weight", format!("[N, {k}]")));
+    }
+    let mut out = product(OP, x, &transposed(weight)?)?;
+    let Some(bias) = bias else {
+        return Ok(record_one(OP, &[x, weight], out, || linear_backward(x, weight, None)));
+    };
+    bias.expect_shape(OP, "bias", &[n])?;
+    let values = bias.detach().contiguous();
+    add_to_rows(out.data_mut::<f32>()?, values.data::<f32>()?);
+    Ok(record_one(OP, &[x, weight, bias], out, || linear_backward(x, weight, Some(bias.shape()))))
+}
+
+fn linear_backward(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<Shape>,
+) -> impl FnOnce(&mut Backward) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static {
+    const OP: &str = "linear";
+    let (x, weight) = (Saved::new(x), Saved::new(weight));
+    move |context| {
+        let inputs = if bias.is_some() { 3 } else { 2 };
+        let Some(grad) = context.take_grad(0) else { return Ok(vec![None; inputs]) };
+        let mut grads = vec![
+            wanted(context, 0, || product(OP, &grad, &weight.get()?))?,
+            wanted(context, 1, || product(OP, &transposed(&grad)?, &x.get()?))?,
+        ];
+        if let Some(shape) = bias {
+            grads.push(wanted(context, 2, || sum_to_shape(&grad, shape))?);
+        }
+        Ok(grads)
+    }
+}
+
+/// A gradient, made only if somebody wants it.
+fn wanted(
+    context: &Backward,
+    input: usize,
+    gradient: impl FnOnce() -> Result<Tensor>,
+) -> Result<Option<Tensor>> {
+    if context.needs(input) { gradient().map(Some) } else { Ok(None) }
+}
+
+/// The last two axes exchanged, without a place in the graph.
+fn transposed(tensor: &Tensor) -> Result<Tensor> {
+    let rank = tensor.rank();
+    tensor.detach().transpose(rank.saturating_sub(2), rank.saturating_sub(1))
+}
+
+fn add_to_rows(rows: &mut [f32], bias: &[f32]) {
+    const BLOCK: usize = 1 << 15;
+    if bias.is_empty() {
+        return;
+    }
+    let add = |rows: &mut [f32]| {
+        for row in rows.chunks_mut(bias.len()) {
+            for (value, bias) in row.iter_mut().zip(bias) {
+                *value += bias;
+            }
+        }
+    };
+    let block = (BLOCK / bias.len()).max(1) * bias.len();
+    if rows.len() <= block { add(rows) } else { rows.par_chunks_mut(block).for_each(add) }
+}
+
+/// The product without a place in the graph.
+fn product(op: &'static str, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let rank = if a.rank() == 3 { 3 } else { 2 };
+    a.expect_rank(op, "a", rank, "[M, K] or [Z, M, K]")?;
+    b.expect_rank(op, "b", rank, if rank == 3 { "[Z, K, N]" } else { "[K, N]" })?;
+    for (name, tensor) in [("a", a), ("b", b)] {
+        tensor.expect_dtype(op, name, DType::F32)?;
+        if tensor.device() != Device::Cpu {
+            return Err(tensor.unsupported(op));
+        }
+    }
+    let (batch, first) = if rank == 3 { (a.dim(0), 1) } else { (1, 0) };
+    let (m, k, n) = (a.dim(first), a.dim(first + 1), b.dim(first + 1));
+    if b.dim(first) != k || (rank == 3 && b.dim(0) != batch) {
+        let expected = if rank == 3 { format!("[{batch}, {k}, N]") } else { format!("[{k}, N]") };
+        return Err(b.shape_error(op, "b", expected));
+    }
+    let mut out = Buffer::<f32>::scratch(batch * m * n);
+    let whole = |tensor: &Tensor| if rank == 3 { tensor.strides()[0] } else { 0 };
+    let fits =
+        batched_gemm(&mut out, batch, (matrix(a, first)?, whole(a)), (matrix(b, first)?, whole(b)));
+    if !fits {
+        return Err(Error::argument(
+            op,
+            format!("a view reaches beyond its storage: {} x {}", a.shape(), b.shape()),
+        ));
+    }
+    let shape = if rank == 3 { Shape::new(&[batch, m, n]) } else { Shape::new(&[m, n]) };
+    Tensor::from_buffer(out, shape)
+}
+
+/// The matrix at the front of a tensor whose rows are axis `axis`.
+fn matrix(tensor: &Tensor, axis: usize) -> Result<Matrix<'_>> {
+    Ok(Matrix {
+        data: tensor.strided_data::<f32>()?,
+        rows: tensor.dim(axis),
+        cols: tensor.dim(axis + 1),
+        row_stride: tensor.strides()[axis],
+        col_stride: tensor.strides()[axis + 1],
+    })
+}

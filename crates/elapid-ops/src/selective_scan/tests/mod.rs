@@ -1,0 +1,10 @@
+//! Tests of the selective scan: the reference against golden values and finite differences, the CPU code against
+//! both, and the properties that hold bit for bit.
+
+mod case;
+mod golden;
+mod isolation;
+mod reference;
+mod tensors;
+
+pub(super) use case::Case;

@@ -1,0 +1,238 @@
+//! How the work is cut: channel tiles that lie within one group of B and C, and the conversion of per-channel
+//! arrays `[E, N]` to vectors over the channels of a tile.
+
+use elapid_tensor::RowView;
+use pulp::Simd;
+
+use super::arguments::Projection;
+use super::field::Field;
+
+/// Steps between two states that the forward saves for the backward, counted from the sequence's start.
+pub const CHUNK: usize = 64;
+
+/// Neighbouring channels of one group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Tile {
+    /// First channel.
+    pub first: usize,
+    /// Number of channels.
+    pub width: usize,
+    /// Group of B and C.
+    pub group: usize,
+    /// Number of this tile within its group.
+    pub place: usize,
+}
+
+/// The division of channels into tiles of at most `width`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Tiles {
+    channels_per_group: usize,
+    width: usize,
+    groups: usize,
+}
+
+impl Tiles {
+    pub(super) fn new(channels: usize, groups: usize, width: usize) -> Self {
+        Self { channels_per_group: channels / groups, width, groups }
+    }
+
+    /// Tiles in a group.
+    pub(super) fn per_group(&self) -> usize {
+        self.channels_per_group.div_ceil(self.width)
+    }
+
+    /// Number of tiles.
+    pub(super) fn len(&self) -> usize {
+        self.groups * self.per_group()
+    }
+
+    /// Tile `index`.
+    pub(super) fn get(&self, index: usize) -> Tile {
+        let (group, place) = (index / self.per_group(), index % self.per_group());
+        let before = place * self.width;
+        Tile {
+            first: group * self.channels_per_group + before,
+            width: self.width.min(self.channels_per_group - before),
+            group,
+            place,
+        }
+    }
+}
+
+impl Tile {
+    /// Vectors that hold the tile's channels.
+    #[inline(always)]
+    pub(super) fn vectors<S: Simd>(&self) -> usize {
+        self.width.div_ceil(S::F32_LANES)
+    }
+
+    /// First channel and number of channels of vector `v`.
+    #[inline(always)]
+    pub(super) fn span<S: Simd>(&self, v: usize) -> (usize, usize) {
+        let before = v * S::F32_LANES;
+        (self.first + before, S::F32_LANES.min(self.width - before))
+    }
+}
+
+/// Channels `from..from + count` of a row; lanes past `count` are 0.
+#[inline(always)]
+pub(super) fn load_channels<S: Simd>(simd: S, row: &[f32], from: usize, count: usize) -> S::f32s {
+    let row = &row[from..from + count];
+    if count == S::F32_LANES {
+        // SAFETY: the slice holds a whole vector.
+        unsafe { row.as_ptr().cast::<S::f32s>().read_unaligned() }
+    } else {
+        simd.partial_load_f32s(row)
+    }
+}
+
+/// Writes `count` lanes to the front of `row`.
+#[inline(always)]
+pub(super) fn store_channels<S: Simd>(simd: S, row: &mut [f32], count: usize, value: S::f32s) {
+    let row = &mut row[..count];
+    if count == S::F32_LANES {
+        // SAFETY: the slice holds a whole vector.
+        unsafe { row.as_mut_ptr().cast::<S::f32s>().write_unaligned(value) }
+    } else {
+        simd.partial_store_f32s(row, value);
+    }
+}
+
+/// Row `t` of a view from channel `from` on, as a vector.
+#[inline(always)]
+pub(super) fn load_row<S: Simd>(
+    simd: S,
+    view: &RowView<'_, f32>,
+    t: usize,
+    from: usize,
+    count: usize,
+) -> S::f32s {
+    load_channels(simd, &view.data[t * view.stride..], from, count)
+}
+
+/// Copies the tile's part of `[E, N]` (numbers of `PARTS` values side by side) to `[vector][n][part][lane]`;
+/// lanes past the tile become 0.
+#[inline(always)]
+pub(super) fn gather<S: Simd, F: Field>(
+    _simd: S,
+    tile: &Tile,
+    states: usize,
+    from: &[f32],
+    to: &mut [f32],
+) {
+    let numbers = states * F::PARTS;
+    let lanes = S::F32_LANES;
+    for v in 0..tile.vectors::<S>() {
+        let (first, count) = tile.span::<S>(v);
+        let to = &mut to[v * numbers * lanes..][..numbers * lanes];
+        if count < lanes {
+            to.fill(0.0);
+        }
+        for lane in 0..count {
+            let from = &from[(first + lane) * numbers..][..numbers];
+            for (i, &value) in from.iter().enumerate() {
+                to[i * lanes + lane] = value;
+            }
+        }
+    }
+}
+
+/// The opposite of [`gather`]: vectors to the tile's part of `[E, N]`, of which `to` starts at the tile.
+#[inline(always)]
+pub(super) fn scatter<S: Simd, F: Field, T: Copy>(
+    _simd: S,
+    tile: &Tile,
+    states: usize,
+    from: &[T],
+    to: &mut [T],
+) {
+    let numbers = states * F::PARTS;
+    let lanes = S::F32_LANES;
+    for v in 0..tile.vectors::<S>() {
+        let (_, count) = tile.span::<S>(v);
+        let from = &from[v * numbers * lanes..][..numbers * lanes];
+        for lane in 0..count {
+            let to = &mut to[(v * lanes + lane) * numbers..][..numbers];
+            for (i, value) in to.iter_mut().enumerate() {
+                *value = from[i * lanes + lane];
+            }
+        }
+    }
+}
+
+/// Where a kernel reads B or C of a block of states.
+#[derive(Clone, Copy)]
+pub(super) struct Coefficients {
+    at: *const f32,
+    step: usize,
+    constant: bool,
+}
+
+impl Coefficients {
+    /// For tokens from `start` on (of which `steps` are read) and states from `n` on (of which `block`).
+    /// `gathered` is the [`gather`]ed array of vector `v`, looked at only if the projection is constant.
+    #[inline(always)]
+    pub(super) fn new<S: Simd, F: Field>(
+        projection: &Projection<'_, f32>,
+        gathered: &[f32],
+        start: usize,
+        steps: usize,
+        (group, states): (usize, usize),
+        (n, block): (usize, usize),
+    ) -> Self {
+        match projection {
+            Projection::Token { rows, .. } => {
+                let first = (group * states + n) * F::PARTS;
+                let needed = (start + steps - 1) * rows.stride + first + block * F::PARTS;
+                assert!(needed <= rows.data.len());
+                let at = rows.data[start * rows.stride + first..].as_ptr();
+                Self { at, step: rows.stride, constant: false }
+            }
+            Projection::Constant(_) => {
+                let size = F::PARTS * S::F32_LANES;
+                let at = gathered[n * size..(n + block) * size].as_ptr();
+                Self { at, step: 0, constant: true }
+            }
+        }
+    }
+
+    /// The number of step `t` and state `i` of the block. `TOKEN` promises that it is not constant.
+    ///
+    /// # Safety
+    /// `t` and `i` must be within the steps and the block given to [`Coefficients::new`].
+    #[inline(always)]
+    pub(super) unsafe fn get<S: Simd, F: Field, const TOKEN: bool>(
+        self,
+        simd: S,
+        t: usize,
+        i: usize,
+    ) -> F::V<S> {
+        // SAFETY: `new` has checked the extent of both kinds.
+        unsafe {
+            if TOKEN || !self.constant {
+                F::splat(simd, self.at.add(t * self.step + i * F::PARTS))
+            } else {
+                F::load(simd, self.at.add(i * F::PARTS * S::F32_LANES))
+            }
+        }
+    }
+}
+
+/// The largest magnitude of a vector of magnitude bits, as f32; NaN wins over everything.
+#[inline(always)]
+pub(super) fn largest<S: Simd>(simd: S, bits: S::u32s) -> f32 {
+    let mut all = [0u32; 16];
+    // SAFETY: no vector has more than 16 lanes of 32 bits.
+    unsafe {
+        const { assert!(size_of::<S::u32s>() <= size_of::<[u32; 16]>()) };
+        all.as_mut_ptr().cast::<S::u32s>().write_unaligned(bits);
+    }
+    let _ = simd;
+    f32::from_bits(all.into_iter().fold(0, u32::max))
+}
+
+/// `max(bits, |value|)` on bit patterns, which order magnitudes and put NaN above infinity.
+#[inline(always)]
+pub(super) fn raise<S: Simd>(simd: S, bits: S::u32s, value: S::f32s) -> S::u32s {
+    simd.max_u32s(bits, simd.transmute_u32s_f32s(simd.abs_f32s(value)))
+}

@@ -1,0 +1,149 @@
+//! What a run keeps beside the model, and under which conditions it goes on from it.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use elapid_formats::checkpoint::{Contents, Store};
+use elapid_models::{LanguageModel, State};
+use elapid_tensor::Tensor;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::config::RunConfig;
+use crate::error::{Error, Result};
+use crate::optimizer::AdamW;
+
+/// Folder of the checkpoints within the run's folder.
+pub const FOLDER: &str = "checkpoints";
+
+/// Keys that may differ between a run and its resumption: they do not touch what was computed so far.
+const FREE: [&str; 12] = [
+    "train.steps",
+    "train.epochs",
+    "train.tokens",
+    "train.threads",
+    "train.validation_every",
+    "train.validation_tokens",
+    "train.sample_every",
+    "train.sample_tokens",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "train.keep_best",
+    "train.out",
+];
+
+/// The figures of a run that are not tensors.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RunProgress {
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Training tokens seen.
+    pub tokens: u64,
+    /// Seconds of training.
+    pub seconds: f64,
+    /// The place in the data after the last step.
+    pub place: Value,
+    /// Lowest validation loss so far.
+    pub best: Option<f64>,
+    /// The last validation loss.
+    pub validation_loss: Option<f64>,
+    /// Running average of the gradient norm.
+    pub norm_average: f64,
+    /// Gradient norms in that average.
+    pub norms_seen: u64,
+}
+
+/// A checkpoint that was read.
+pub struct Loaded {
+    pub path: PathBuf,
+    pub model: LanguageModel,
+    pub tensors: HashMap<String, Tensor>,
+    pub carried: Option<State>,
+    pub progress: RunProgress,
+    pub config: RunConfig,
+}
+
+/// True if a folder holds any checkpoint, sound or not.
+pub fn exists(folder: &Path) -> Result<bool> {
+    Ok(!Store::new(folder, 1).steps()?.is_empty())
+}
+
+/// The newest checkpoint's folder.
+pub fn newest(folder: &Path) -> Option<PathBuf> {
+    let store = Store::new(folder, 1);
+    let step = store.steps().ok()?.pop()?;
+    Some(store.folder(step))
+}
+
+/// Saves a checkpoint; an `improved` one becomes the best.
+pub fn save(
+    config: &RunConfig,
+    model: &mut LanguageModel,
+    optimizer: &AdamW,
+    carried: Option<&State>,
+    progress: &RunProgress,
+    improved: bool,
+) -> Result<PathBuf> {
+    let store = Store::new(config.train.out.join(FOLDER), config.train.keep_last);
+    let malformed = |error: serde_json::Error| Error::Checkpoint { message: error.to_string() };
+    let path = store.save(Contents {
+        step: progress.step,
+        model,
+        tensors: &optimizer.tensors(),
+        state: carried,
+        meta: serde_json::to_value(progress).map_err(malformed)?,
+        config_toml: &config.resolved().to_toml(),
+    })?;
+    if improved {
+        store.mark_best(progress.step)?;
+    }
+    Ok(path)
+}
+
+/// The newest sound checkpoint; damaged ones are named on `warn` and passed over.
+pub fn load_latest(folder: &Path, warn: &mut dyn FnMut(&str)) -> Result<Loaded> {
+    let latest = Store::new(folder, 1).latest()?;
+    for (path, reason) in &latest.skipped {
+        warn(&format!("passing over the damaged checkpoint {}: {reason}", path.display()));
+    }
+    let Some(checkpoint) = latest.checkpoint else {
+        let message = match latest.skipped.len() {
+            0 => format!("{}: there is no checkpoint to resume from", folder.display()),
+            n => format!("{}: none of the {n} checkpoints is sound", folder.display()),
+        };
+        return Err(Error::Checkpoint { message });
+    };
+    let path = checkpoint.path().to_path_buf();
+    let progress =
+        serde_json::from_value(checkpoint.meta().clone()).map_err(|error| Error::Checkpoint {
+            message: format!("{}: the run's figures cannot be read: {error}", path.display()),
+        })?;
+    let config = RunConfig::parse(checkpoint.config_toml(), Some(&path.join("config.toml")), &[])?;
+    let model = checkpoint.load_model()?;
+    let carried = checkpoint.state(&model)?;
+    let tensors = checkpoint.tensors()?.into_iter().collect();
+    Ok(Loaded { path, model, tensors, carried, progress, config })
+}
+
+/// Refuses to resume with a configuration that would not have led to the checkpoint.
+pub fn check_config(saved: &RunConfig, given: &RunConfig, checkpoint: &Path) -> Result<()> {
+    let differs = saved
+        .differences(given)
+        .into_iter()
+        .find(|(key, ..)| !FREE.contains(&key.as_str()) && !key.starts_with("log."));
+    match differs {
+        None => Ok(()),
+        Some((key, saved, given)) => {
+            let word = |value: Option<String>| value.unwrap_or_else(|| "nothing".into());
+            Err(Error::Checkpoint {
+                message: format!(
+                    "{}: the run was begun with {key} = {}, but is to be resumed with {}; \
+                     start another run (train.out), or put the value back",
+                    checkpoint.display(),
+                    word(saved),
+                    word(given)
+                ),
+            })
+        }
+    }
+}

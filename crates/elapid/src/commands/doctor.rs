@@ -1,0 +1,144 @@
+//! `elapid doctor`: what this machine offers, whether the fast code computes right on it, and whether a
+//! model is sound.
+
+mod machine;
+mod self_check;
+
+use anyhow::{Context as _, Result, bail};
+use clap::Args;
+use elapid_infer::forward;
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+
+use crate::cli::{Global, JsonArgument};
+use crate::model_folder;
+use crate::output::{Table, bytes, grouped, print_json};
+use machine::Machine;
+use self_check::Check;
+
+const EXAMPLES: &str = "\
+Examples:
+  elapid doctor
+  elapid doctor --model runs/first
+  elapid doctor --json
+
+Exit code 1 if a check fails.";
+
+/// Arguments of `elapid doctor`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Arguments {
+    /// Also check this model: its files, and that a forward pass gives finite logits
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    #[command(flatten)]
+    json: JsonArgument,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    version: &'static str,
+    device: String,
+    dtype: String,
+    threads: usize,
+    machine: Machine,
+    checks: Vec<Check>,
+    model: Option<Model>,
+    healthy: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Model {
+    folder: String,
+    parameters: usize,
+    logits_finite: bool,
+}
+
+/// Checks and reports.
+pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
+    let checks = self_check::run()?;
+    let model = match &arguments.model {
+        Some(path) => Some(check_model(path)?),
+        None => None,
+    };
+    let healthy =
+        checks.iter().all(|check| check.passed) && model.as_ref().is_none_or(|m| m.logits_finite);
+    let report = Report {
+        version: env!("CARGO_PKG_VERSION"),
+        device: global.device.to_string(),
+        dtype: global.dtype.to_string(),
+        threads: rayon::current_num_threads(),
+        machine: Machine::this(),
+        checks,
+        model,
+        healthy,
+    };
+    if arguments.json.json {
+        print_json(&report)?;
+    } else {
+        eprint!("{}", table(&report));
+    }
+    if !healthy {
+        bail!("a check failed: results on this machine cannot be trusted");
+    }
+    Ok(())
+}
+
+/// Reads every file of a model and runs a few tokens through it.
+fn check_model(path: &Path) -> Result<Model> {
+    let (model, folder) = model_folder::load(path)?;
+    let vocabulary = model.config().vocab_size as u32;
+    let tokens: Vec<u32> = (0..16u32).map(|t| t * 31 % vocabulary).collect();
+    let mut logits_finite = true;
+    let state = forward(&model, &[tokens], None, 16, |piece| {
+        logits_finite &= piece.logits.iter().all(|logit| logit.is_finite());
+        Ok::<_, elapid_infer::Error>(())
+    })
+    .context("the model's forward pass failed")?;
+    for layer in &state.layers {
+        for (_, tensor) in layer.iter() {
+            logits_finite &= tensor.to_vec::<f32>()?.iter().all(|value| value.is_finite());
+        }
+    }
+    Ok(Model {
+        folder: folder.display().to_string(),
+        parameters: model.config().parameter_count(),
+        logits_finite,
+    })
+}
+
+fn table(report: &Report) -> Table {
+    let machine = &report.machine;
+    let mut table = Table::default();
+    table.row("elapid", report.version);
+    table.row("system", format!("{} {}", machine.system, machine.architecture));
+    if let Some(name) = &machine.processor {
+        table.row("processor", name);
+    }
+    table.row("cores", format!("{}, {} threads used", machine.cores, report.threads));
+    table.row("vector code", &machine.vector_code);
+    table.row("features", machine.features.join(" "));
+    let memory = |value: Option<u64>| value.map_or("unknown".into(), bytes);
+    table.row(
+        "memory",
+        format!("{}, {} free", memory(machine.memory_bytes), memory(machine.free_bytes)),
+    );
+    table.row("device", format!("{}, computes in {}", report.device, report.dtype));
+    for check in &report.checks {
+        let verdict = if check.passed { "ok" } else { "FAILED" };
+        table.row(
+            format!("check {}", check.operation),
+            format!(
+                "{verdict}, differs from f64 by {:.1e} (limit {:.0e})",
+                check.difference, check.limit
+            ),
+        );
+    }
+    if let Some(model) = &report.model {
+        let verdict = if model.logits_finite { "ok, finite" } else { "FAILED: not finite" };
+        let count = grouped(model.parameters as u64);
+        table.row("model", format!("{} ({count} parameters)", model.folder));
+        table.row("check forward", format!("{verdict} logits and states"));
+    }
+    table
+}

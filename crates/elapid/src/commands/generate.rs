@@ -1,0 +1,331 @@
+//! `elapid generate`: continues a text, or token ids, with a model.
+
+use std::fs;
+use std::io::{self, IsTerminal, Read, Write};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use clap::{ArgGroup, Args};
+use elapid_formats::{Fingerprint, load_state, save_state};
+use elapid_infer::{
+    Event, Finish, Generated, Options, Request, Sampling, Timing, Vocabulary, forward, generate,
+};
+use elapid_models::{LanguageModel, State};
+use serde::Serialize;
+
+use crate::cli::{JsonArgument, ModelArgument};
+use crate::exit::Usage;
+use crate::model_folder;
+use crate::output::{grouped, print_json, rate};
+
+const EXAMPLES: &str = "\
+Examples:
+  elapid generate --model runs/first --prompt 'The snake '
+  elapid generate --model runs/first --prompt-file story.txt --max-tokens 1000 --stop $'\\n\\n'
+  echo 'fn main() {' | elapid generate --model runs/first --prompt-file - --temperature 0
+  elapid generate --model mamba-130m-hf --tokens 510,5347,273 --seed 1 --json
+  elapid generate --model runs/first --prompt 'Chapter 1' --state-out chapter.state
+  elapid generate --model runs/first --state-in chapter.state --prompt ' and then'
+
+A model of 256 tokens reads and writes bytes; other models need --tokens and print token ids.
+Sampling: repetition penalty, temperature, top-k, top-p, min-p, in this order.";
+
+/// Arguments of `elapid generate`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES, group = ArgGroup::new("input").args(["prompt", "prompt_file", "tokens"]))]
+pub struct Arguments {
+    #[command(flatten)]
+    model: ModelArgument,
+    /// Text to continue [default: a line break]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    prompt: Option<String>,
+    /// File with the text to continue; - for standard input
+    #[arg(long, value_name = "FILE")]
+    prompt_file: Option<PathBuf>,
+    /// Token ids to continue, separated by commas
+    #[arg(long, value_name = "IDS", value_delimiter = ',')]
+    tokens: Option<Vec<u32>>,
+    /// Tokens to generate at most; 0 only reads the prompt
+    #[arg(long, short = 'n', value_name = "N", default_value_t = 256)]
+    max_tokens: usize,
+    /// Stop at this text, which is not printed (repeatable)
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    stop: Vec<String>,
+    #[command(flatten)]
+    sampling: SamplingArguments,
+    /// Go on from this state
+    #[arg(long, value_name = "FILE", help_heading = "State")]
+    state_in: Option<PathBuf>,
+    /// Save the state that has read the prompt and all that was generated
+    #[arg(long, value_name = "FILE", help_heading = "State")]
+    state_out: Option<PathBuf>,
+    #[command(flatten)]
+    json: JsonArgument,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sampling")]
+struct SamplingArguments {
+    /// Below 1 more predictable, above 1 more varied, 0 always the most probable token
+    #[arg(long, value_name = "X", default_value_t = 0.8, allow_negative_numbers = true)]
+    temperature: f32,
+    /// Only the K most probable tokens; 0 for all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    top_k: usize,
+    /// Only the most probable tokens that together reach this probability
+    #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
+    top_p: f32,
+    /// Only tokens at least this share as probable as the most probable one
+    #[arg(long, value_name = "P", default_value_t = 0.0, allow_negative_numbers = true)]
+    min_p: f32,
+    /// Make tokens seen lately less probable; 1 changes nothing
+    #[arg(long, value_name = "X", default_value_t = 1.0, allow_negative_numbers = true)]
+    repetition_penalty: f32,
+    /// How many of the last tokens count as seen lately; 0 for all
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    repetition_window: usize,
+    /// Same seed, same text [default: another one every time]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+}
+
+impl SamplingArguments {
+    fn sampling(&self) -> Sampling {
+        Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            repetition_window: self.repetition_window,
+            seed: self.seed.unwrap_or_else(arbitrary_seed),
+        }
+    }
+}
+
+/// What `--json` prints.
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    model: String,
+    prompt_tokens: usize,
+    tokens: &'a [u32],
+    /// Byte-level models only.
+    text: Option<&'a str>,
+    finish: Finish,
+    seed: u64,
+    prefill_seconds: f64,
+    prefill_tokens_per_second: f64,
+    decode_seconds: f64,
+    decode_tokens_per_second: f64,
+}
+
+/// Generates.
+pub fn run(arguments: &Arguments) -> Result<()> {
+    let options = Options {
+        sampling: arguments.sampling.sampling(),
+        max_tokens: arguments.max_tokens,
+        stop: arguments.stop.clone(),
+        ..Options::default()
+    };
+    options.sampling.validate().map_err(as_option)?;
+    elapid_infer::StopStrings::new(&options.stop).map_err(as_option)?;
+
+    let (mut model, folder) = model_folder::load(&arguments.model.model)?;
+    let vocabulary = Vocabulary::of(model.config());
+    let prompt = prompt(arguments, vocabulary, model.config().vocab_size)?;
+    let fingerprint = match (&arguments.state_in, &arguments.state_out) {
+        (None, None) => None,
+        _ => Some(Fingerprint::of_model(&mut model)?),
+    };
+    let state = match (&arguments.state_in, &fingerprint) {
+        (Some(path), Some(fingerprint)) => Some(read_state(path, &model, fingerprint)?),
+        _ => None,
+    };
+    let request = Request { prompt, id: 0, state };
+
+    let mut writer = (!arguments.json.json).then(|| Writer::new(vocabulary));
+    let generation =
+        generate(
+            &model,
+            std::slice::from_ref(&request),
+            &options,
+            &mut |event| match &mut writer {
+                Some(writer) => writer.write(event),
+                None => ControlFlow::Continue(()),
+            },
+        )?;
+    if let Some(writer) = writer {
+        writer.finish()?;
+    }
+    let Some(generated) = generation.sequences.first() else {
+        return Ok(());
+    };
+    if let (Some(path), Some(fingerprint)) = (&arguments.state_out, &fingerprint) {
+        let state = state_after(&model, generated)?;
+        save_state(path, &state, fingerprint).context("the state was not saved")?;
+    }
+    let seed = options.sampling.seed;
+    if arguments.json.json {
+        let timing = &generation.timing;
+        return print_json(&Report {
+            model: folder.display().to_string(),
+            prompt_tokens: request.prompt.len(),
+            tokens: &generated.tokens,
+            text: (vocabulary == Vocabulary::Bytes).then_some(generated.text.as_str()),
+            finish: generated.finish,
+            seed,
+            prefill_seconds: timing.prefill.as_secs_f64(),
+            prefill_tokens_per_second: timing.prefill_rate(),
+            decode_seconds: timing.decode.as_secs_f64(),
+            decode_tokens_per_second: timing.decode_rate(),
+        });
+    }
+    summarise(generated, &generation.timing, seed);
+    Ok(())
+}
+
+/// The tokens to read first.
+fn prompt(arguments: &Arguments, vocabulary: Vocabulary, tokens: usize) -> Result<Vec<u32>> {
+    if let Some(ids) = &arguments.tokens {
+        return Ok(ids.clone());
+    }
+    if vocabulary == Vocabulary::Ids {
+        return Err(Usage::new(format!(
+            "this model has a vocabulary of {tokens} tokens and its tokenizer is not supported yet: \
+             give token ids with --tokens 1,2,3"
+        ))
+        .into());
+    }
+    let bytes = match (&arguments.prompt, &arguments.prompt_file) {
+        (Some(text), _) => text.clone().into_bytes(),
+        (None, Some(path)) if path.as_os_str() == "-" => {
+            let mut bytes = Vec::new();
+            io::stdin().lock().read_to_end(&mut bytes).context("cannot read standard input")?;
+            bytes
+        }
+        (None, Some(path)) => {
+            fs::read(path).with_context(|| format!("cannot read {}", path.display()))?
+        }
+        (None, None) if arguments.state_in.is_some() => {
+            return Err(Usage::new(
+                "--state-in needs something to go on with: the state has read all text so far, \
+                 give what follows with --prompt, --prompt-file or --tokens",
+            )
+            .into());
+        }
+        (None, None) => b"\n".to_vec(),
+    };
+    if bytes.is_empty() {
+        return Err(Usage::new("the prompt is empty: at least one byte is needed").into());
+    }
+    Ok(bytes.into_iter().map(u32::from).collect())
+}
+
+fn read_state(path: &Path, model: &LanguageModel, fingerprint: &Fingerprint) -> Result<State> {
+    let state = load_state(path, model, fingerprint)?;
+    if state.slots() != 1 {
+        return Err(Usage::new(format!(
+            "{} holds the states of {} sequences, generate continues one",
+            path.display(),
+            state.slots()
+        ))
+        .into());
+    }
+    Ok(state)
+}
+
+/// The state that has read the last token too.
+fn state_after(model: &LanguageModel, generated: &Generated) -> Result<State> {
+    match generated.tokens.last() {
+        None => Ok(generated.state.clone()),
+        Some(&last) => forward(model, &[vec![last]], Some(generated.state.clone()), 1, |_| {
+            Ok::<_, anyhow::Error>(())
+        }),
+    }
+}
+
+/// Streams to standard output.
+struct Writer {
+    vocabulary: Vocabulary,
+    first: bool,
+    ends_line: bool,
+    failed: Option<io::Error>,
+}
+
+impl Writer {
+    fn new(vocabulary: Vocabulary) -> Self {
+        Self { vocabulary, first: true, ends_line: false, failed: None }
+    }
+
+    fn write(&mut self, event: Event<'_>) -> ControlFlow<()> {
+        let text = match (self.vocabulary, self.first) {
+            (Vocabulary::Bytes, _) => event.text.to_owned(),
+            (Vocabulary::Ids, true) => event.token.to_string(),
+            (Vocabulary::Ids, false) => format!(",{}", event.token),
+        };
+        self.first = false;
+        if text.is_empty() {
+            return ControlFlow::Continue(());
+        }
+        self.ends_line = text.ends_with('\n');
+        match self.print(&text) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(error) => {
+                self.failed = Some(error);
+                ControlFlow::Break(())
+            }
+        }
+    }
+
+    fn print(&self, text: &str) -> io::Result<()> {
+        let mut out = io::stdout().lock();
+        out.write_all(text.as_bytes())?;
+        out.flush()
+    }
+
+    /// Ends the line where people or lists need it; a file gets the text as it is.
+    fn finish(self) -> io::Result<()> {
+        let list = self.vocabulary == Vocabulary::Ids;
+        if self.failed.is_none() && !self.ends_line && (list || io::stdout().is_terminal()) {
+            self.print("\n")?;
+        }
+        self.failed.map_or(Ok(()), Err)
+    }
+}
+
+fn summarise(generated: &Generated, timing: &Timing, seed: u64) {
+    let finish = match generated.finish {
+        Finish::Length => "length reached",
+        Finish::Stop => "stop string found",
+        Finish::EndOfSequence => "end of sequence",
+        Finish::Interrupted => "interrupted",
+    };
+    let tokens = |count: usize| {
+        format!("{} token{}", grouped(count as u64), if count == 1 { "" } else { "s" })
+    };
+    let mut line = format!("prompt: {}", tokens(timing.prefill_tokens));
+    line += &format!(" at {} tokens/s", rate(timing.prefill_rate()));
+    line += &format!(" · new: {}", tokens(generated.tokens.len()));
+    if timing.decode_tokens > 0 {
+        line += &format!(" at {} tokens/s", rate(timing.decode_rate()));
+    }
+    let _ = writeln!(io::stderr(), "{line} · {finish} · seed {seed}");
+}
+
+/// An option error of the library under the option's name on the command line.
+fn as_option(error: elapid_infer::Error) -> anyhow::Error {
+    match error {
+        elapid_infer::Error::Option { name, expected, found } => {
+            Usage::new(format!("--{}: expected {expected}, found {found}", name.replace('_', "-")))
+                .into()
+        }
+        other => other.into(),
+    }
+}
+
+/// A seed short enough to be typed again.
+fn arbitrary_seed() -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    RandomState::new().hash_one(0u8) % 1_000_000
+}

@@ -1,0 +1,46 @@
+//! `elapid inspect`: what a path holds, read from headers alone where that is enough.
+
+mod contents;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Args;
+
+use crate::cli::JsonArgument;
+use crate::output::print_json;
+
+const EXAMPLES: &str = "\
+Examples:
+  elapid inspect runs/first
+  elapid inspect mamba-130m-hf --tensors
+  elapid inspect chapter.state --json
+
+PATH is a model folder, a checkpoint, a run's folder, a state file or any safetensors file.
+The report goes to stdout. Weights are not loaded; --json has every tensor.";
+
+/// Arguments of `elapid inspect`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Arguments {
+    /// Folder or file to look into
+    #[arg(value_name = "PATH")]
+    path: PathBuf,
+    /// List every tensor
+    #[arg(long)]
+    tensors: bool,
+    #[command(flatten)]
+    json: JsonArgument,
+}
+
+/// Looks and reports.
+pub fn run(arguments: &Arguments) -> Result<()> {
+    let report = contents::report(&arguments.path)?;
+    if arguments.json.json {
+        return print_json(&report);
+    }
+    let text = report.to_text(arguments.tensors);
+    let mut out = std::io::stdout().lock();
+    std::io::Write::write_all(&mut out, text.as_bytes())?;
+    Ok(std::io::Write::flush(&mut out)?)
+}

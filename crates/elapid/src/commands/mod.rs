@@ -1,0 +1,32 @@
+//! One file a command: its arguments and its work.
+
+pub mod completions;
+pub mod doctor;
+pub mod forward;
+pub mod generate;
+pub mod inspect;
+pub mod quickstart;
+pub mod train;
+
+use anyhow::{Context, Result};
+
+use crate::cli::{Cli, Command};
+
+/// Runs the command that was asked for.
+pub fn run(cli: Cli) -> Result<()> {
+    if let Some(threads) = cli.global.threads {
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(usize::from(threads))
+            .build_global()
+            .context("cannot start the worker threads")?;
+    }
+    match cli.command {
+        Command::Quickstart(arguments) => quickstart::run(&arguments),
+        Command::Train(arguments) => train::run(&arguments, &cli.global),
+        Command::Generate(arguments) => generate::run(&arguments),
+        Command::Forward(arguments) => forward::run(&arguments),
+        Command::Inspect(arguments) => inspect::run(&arguments),
+        Command::Doctor(arguments) => doctor::run(&arguments, &cli.global),
+        Command::Completions(arguments) => completions::run(&arguments),
+    }
+}

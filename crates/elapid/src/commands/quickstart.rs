@@ -1,0 +1,220 @@
+//! `elapid quickstart`: the main job without arguments, downloads or a GPU. Trains a small byte-level Mamba
+//! on text that the machine has, shows what it learnt beside what compressors and a counting model reach on
+//! the same bytes, and says what to try next.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use clap::Args;
+use elapid_data::baselines::{Order2, gzip, zstd};
+use elapid_data::corpus::{self, CorpusOptions};
+use elapid_data::{Documents, Span, Split, SplitOptions, Validation};
+use elapid_train::config::RunConfig;
+use elapid_train::plot::Reference;
+use elapid_train::trainer::Trainer;
+use elapid_train::{Dataset, SourceOptions};
+use serde_json::json;
+
+use super::train::{describe, sample_text, speed, train};
+use crate::cli::JsonArgument;
+use crate::exit::Usage;
+use crate::output::{Table, bytes, grouped, print_json};
+
+/// The run, apart from its data: sized for about two minutes on two cores.
+const CONFIG: &str = include_str!("quickstart.toml");
+
+const EXAMPLES: &str = "\
+Examples:
+  elapid quickstart                          about two minutes on two cores
+  elapid quickstart --data my-texts/         on your own files, folders or globs (.gz and .zst too)
+  elapid quickstart --steps 2000             longer, better";
+
+/// Arguments of `elapid quickstart`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Arguments {
+    /// Train on these files, folders or globs instead of the text found on this machine (repeatable)
+    #[arg(long, value_name = "PATH")]
+    data: Vec<String>,
+    /// Folder of the run [default: runs/quickstart, or runs/quickstart-2, ... if that is taken]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Optimizer steps
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    steps: Option<u64>,
+    /// Override any other key of the run's configuration (repeatable)
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+    #[command(flatten)]
+    json: JsonArgument,
+}
+
+/// Runs the command.
+pub fn run(arguments: &Arguments) -> Result<()> {
+    let documents = documents(arguments)?;
+    let mut overrides = arguments.overrides.clone();
+    if let Some(steps) = arguments.steps {
+        overrides.push(format!("train.steps={steps}"));
+    }
+    let mut config = RunConfig::parse(CONFIG, None, &overrides)?;
+    config.train.out = folder(arguments.out.as_deref(), &config.train.out)?;
+    if !arguments.data.is_empty() {
+        config.data.paths.clone_from(&arguments.data);
+    }
+
+    let seed = config.train.seed;
+    let split = SplitOptions { fraction: config.data.validation_fraction, seed };
+    let train_spans = Split::new(&documents, split)?.train;
+    let dataset = Dataset::from_documents(&config, documents.clone(), None)?;
+    let mut trainer = Trainer::start(config, dataset)?;
+    eprint!("{}", describe(&trainer));
+
+    let baselines = match trainer.dataset() {
+        Dataset::Bytes { validation: Some(validation), .. } => {
+            Baselines::measure(&documents, &train_spans, validation)?
+        }
+        _ => return Err(Usage::new("the data is too small to hold part of it out").into()),
+    };
+    let outcome = train(&mut trainer, baselines.references())?;
+    let out = trainer.config().train.out.clone();
+    if outcome.interrupted {
+        eprintln!(
+            "stopped at step {}; go on with: elapid train {} --resume",
+            outcome.step,
+            out.join("config.toml").display()
+        );
+        return Ok(());
+    }
+    let bits = outcome.evaluation.as_ref().map_or(f64::NAN, |e| e.loss / std::f64::consts::LN_2);
+    let sample = sample_text(trainer.model(), "The ", 400, seed)?;
+    let context = trainer.config().data.context;
+    eprintln!("\nA sample after \"The \":\n");
+    eprintln!("{}\n", indented(&format!("The {}", sample.trim_end())));
+    eprint!("{}", baselines.table(bits, context));
+    eprintln!();
+    let mut table = Table::default();
+    table.row("speed", speed(&outcome));
+    table.row("loss plot", out.join("loss.svg").display().to_string());
+    if let Some(checkpoint) = &outcome.checkpoint {
+        table.row("checkpoint", checkpoint.display().to_string());
+    }
+    eprint!("{table}");
+    eprintln!("\nTry next:");
+    let out_text = out.display();
+    for (command, what) in [
+        (format!("elapid generate --model {out_text} --prompt 'fn main'"), "continue a text"),
+        (format!("elapid inspect {out_text}"), "what was saved"),
+        ("elapid quickstart --data FOLDER --steps 3000".into(), "your own text, longer"),
+        ("elapid train configs/bytes-small.toml".into(), "a run of your own"),
+        ("elapid bench".into(), "how fast this machine is"),
+    ] {
+        eprintln!("  {command:<52} {what}");
+    }
+    if arguments.json.json {
+        print_json(&json!({
+            "out": out,
+            "plot": out.join("loss.svg"),
+            "checkpoint": outcome.checkpoint,
+            "steps": outcome.step,
+            "tokens": outcome.tokens,
+            "seconds": outcome.seconds,
+            "bits_per_byte": bits,
+            "baselines": baselines.json(),
+            "sample": sample,
+        }))?;
+    }
+    Ok(())
+}
+
+fn documents(arguments: &Arguments) -> Result<Documents> {
+    if !arguments.data.is_empty() {
+        let documents = Documents::load(&SourceOptions::new(&arguments.data))?;
+        eprintln!(
+            "data    {} in {} documents",
+            bytes(documents.bytes()),
+            grouped(documents.len() as u64)
+        );
+        return Ok(documents);
+    }
+    let corpus = corpus::find(CorpusOptions::default())?;
+    eprintln!(
+        "text    {}: {} from {} files",
+        corpus.source,
+        bytes(corpus.bytes),
+        grouped(corpus.files as u64)
+    );
+    for root in &corpus.roots {
+        eprintln!("        {}", root.display());
+    }
+    Ok(corpus.documents)
+}
+
+/// The folder asked for, or the first of `default`, `default-2`, .. that is free.
+fn folder(asked: Option<&Path>, default: &Path) -> Result<PathBuf> {
+    if let Some(asked) = asked {
+        if asked.exists() && std::fs::read_dir(asked)?.next().is_some() {
+            return Err(Usage::new(format!("--out {}: the folder is not empty", asked.display())).into());
+        }
+        return Ok(asked.to_path_buf());
+    }
+    let numbered = |n: u32| match n {
+        1 => default.to_path_buf(),
+        n => PathBuf::from(format!("{}-{n}", default.display())),
+    };
+    (1..10_000)
+        .map(numbered)
+        .find(|path| !path.exists())
+        .ok_or_else(|| Usage::new("too many quickstart folders in runs/").into())
+}
+
+fn indented(text: &str) -> String {
+    text.lines().map(|line| format!("  | {line}")).collect::<Vec<_>>().join("\n")
+}
+
+/// Bits per byte that others reach on the same validation bytes.
+struct Baselines {
+    order2: f64,
+    gzip: elapid_data::baselines::Compressed,
+    zstd: elapid_data::baselines::Compressed,
+}
+
+impl Baselines {
+    fn measure(documents: &Documents, train: &[Span], validation: &Validation) -> Result<Self> {
+        let texts = validation.texts();
+        let order2 = Order2::train(train.iter().map(|span| span.of(documents)));
+        Ok(Self {
+            order2: order2.bits_per_byte(texts.iter().copied()),
+            gzip: gzip(texts.iter().copied(), validation.windows())?,
+            zstd: zstd(texts.iter().copied(), validation.windows())?,
+        })
+    }
+
+    fn references(&self) -> Vec<Reference> {
+        vec![
+            Reference { label: "order-2 byte model".into(), value: self.order2 },
+            Reference { label: "gzip -9, whole".into(), value: self.gzip.whole },
+            Reference { label: "zstd -19, whole".into(), value: self.zstd.whole },
+        ]
+    }
+
+    fn table(&self, mamba: f64, context: usize) -> String {
+        let mut table = Table::default();
+        let row = |bits: f64| format!("{bits:.3}");
+        table.row("bits per byte of the held-out text", "(lower is better)");
+        table.row("  Mamba, this run", row(mamba));
+        table.row("  order-2 byte model, same training text", row(self.order2));
+        table.row("  gzip -9, all of it as one stream", row(self.gzip.whole));
+        table.row("  zstd -19, all of it as one stream", row(self.zstd.whole));
+        table.row(format!("  gzip -9, each {context} bytes alone"), row(self.gzip.per_window));
+        table.row(format!("  zstd -19, each {context} bytes alone"), row(self.zstd.per_window));
+        table.to_string()
+    }
+
+    fn json(&self) -> serde_json::Value {
+        json!({
+            "order2": self.order2,
+            "gzip": { "whole": self.gzip.whole, "per_window": self.gzip.per_window },
+            "zstd": { "whole": self.zstd.whole, "per_window": self.zstd.per_window },
+        })
+    }
+}

@@ -1,0 +1,198 @@
+//! `elapid train`: one run from one TOML file.
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use elapid_infer::{Options, Request, Sampling, Vocabulary, generate};
+use elapid_models::LanguageModel;
+use elapid_train::config::{ProgressMode, RunConfig};
+use elapid_train::trainer::{Hooks, Outcome, Trainer};
+use elapid_train::{Dataset, progress};
+use serde_json::json;
+
+use crate::cli::{Global, JsonArgument};
+use crate::exit::Usage;
+use crate::interrupt;
+use crate::output::{Table, bytes, grouped, print_json, rate};
+
+const EXAMPLES: &str = "\
+Examples:
+  elapid train configs/bytes-small.toml --set data.paths='[\"my-texts/\"]'
+  elapid train configs/bytes-small.toml --set train.out=runs/mine --set optimizer.lr=2e-3
+  elapid train configs/bytes-small.toml --resume        go on after Ctrl-C, a crash or a kill
+  elapid train runs/mine/config.toml --resume --set train.steps=20000
+  elapid train configs/induction-heads-small.toml       a task of the Mamba paper
+
+Ctrl-C saves a checkpoint and stops. A resumed run ends with the same bits as an uninterrupted one.";
+
+/// Arguments of `elapid train`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Arguments {
+    /// The run's TOML file (see configs/)
+    #[arg(value_name = "CONFIG.toml")]
+    config: PathBuf,
+    /// Override a key, such as train.steps=1000 (repeatable)
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+    /// Go on from the newest checkpoint of the run's folder
+    #[arg(long)]
+    resume: bool,
+    /// Show nothing while training
+    #[arg(long, short)]
+    quiet: bool,
+    /// Check the configuration and the data, say what would be done, and stop
+    #[arg(long)]
+    dry_run: bool,
+    #[command(flatten)]
+    json: JsonArgument,
+}
+
+/// Runs the command.
+pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
+    let mut config = RunConfig::load(&arguments.config, &arguments.overrides)?;
+    if arguments.quiet {
+        config.log.progress = ProgressMode::Quiet;
+    }
+    if global.threads.is_none() && config.train.threads > 0 {
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(config.train.threads)
+            .build_global()
+            .context("cannot start the worker threads")?;
+    }
+    let dataset = Dataset::open(&config)?;
+    let mut trainer = if arguments.resume && !arguments.dry_run {
+        Trainer::resume(config, dataset, &mut |warning| eprintln!("warning: {warning}"))?
+    } else {
+        Trainer::start(config, dataset)?
+    };
+    if !arguments.quiet {
+        eprint!("{}", describe(&trainer));
+    }
+    if arguments.dry_run {
+        return Ok(());
+    }
+    let outcome = train(&mut trainer, Vec::new())?;
+    if arguments.json.json {
+        print_json(&summary(&trainer, &outcome))?;
+    }
+    if !arguments.quiet {
+        let out = trainer.config().train.out.display().to_string();
+        if outcome.interrupted {
+            eprintln!("stopped at step {}; go on with --resume", outcome.step);
+        } else {
+            eprintln!("done: {out}");
+            eprintln!("try:  elapid generate --model {out} --prompt 'The '");
+        }
+    }
+    Ok(())
+}
+
+/// Trains with Ctrl-C watched and samples made by the generator.
+///
+/// # Errors
+/// Those of the run.
+pub fn train(
+    trainer: &mut Trainer,
+    references: Vec<elapid_train::plot::Reference>,
+) -> Result<Outcome> {
+    let stop = interrupt::watch()?;
+    let is_text = trainer.dataset().is_text();
+    let sample = move |model: &LanguageModel, tokens: usize| {
+        if is_text { sample_text(model, "", tokens, 0).unwrap_or_else(|e| e.to_string()) } else { String::new() }
+    };
+    let mut hooks = Hooks {
+        stop: Some(stop),
+        sample: is_text.then(|| Box::new(sample) as Box<dyn FnMut(&LanguageModel, usize) -> String>),
+        references,
+    };
+    Ok(trainer.run(&mut hooks)?)
+}
+
+/// A text of `tokens` bytes after `prompt` (a line break if empty), at temperature 0.8.
+///
+/// # Errors
+/// If the model is not byte-level or its output is not finite.
+pub fn sample_text(model: &LanguageModel, prompt: &str, tokens: usize, seed: u64) -> Result<String> {
+    if Vocabulary::of(model.config()) != Vocabulary::Bytes {
+        return Err(Usage::new("only byte-level models make text").into());
+    }
+    let prompt = if prompt.is_empty() { "\n" } else { prompt };
+    let request = Request { prompt: prompt.bytes().map(u32::from).collect(), ..Request::default() };
+    let options = Options {
+        sampling: Sampling { temperature: 0.8, top_p: 0.95, seed, ..Sampling::default() },
+        max_tokens: tokens,
+        ..Options::default()
+    };
+    let generation = generate(model, &[request], &options, &mut |_| ControlFlow::Continue(()))?;
+    Ok(generation.sequences.into_iter().map(|sequence| sequence.text).collect())
+}
+
+/// What is about to be trained, for people.
+pub fn describe(trainer: &Trainer) -> String {
+    let (done, steps) = trainer.steps();
+    let config = trainer.config();
+    let model = trainer.model().config();
+    let per_step = config.tokens_per_batch() * config.train.accumulation;
+    let mut table = Table::default();
+    table.row(
+        "model",
+        format!(
+            "Mamba, {} layers of width {}, {} parameters",
+            model.n_layer,
+            model.d_model,
+            grouped(model.parameter_count() as u64)
+        ),
+    );
+    let data = match trainer.dataset() {
+        Dataset::Bytes { train_bytes, validation_bytes, .. } => {
+            format!("{} to train on, {} held out", bytes(*train_bytes), bytes(*validation_bytes))
+        }
+        Dataset::Synthetic(task) => format!("{task}"),
+    };
+    table.row("data", data);
+    table.row(
+        "steps",
+        format!("{} of {} tokens{}", grouped(steps), grouped(per_step as u64), match done {
+            0 => String::new(),
+            done => format!(", {} done", grouped(done)),
+        }),
+    );
+    table.row("threads", rayon::current_num_threads().to_string());
+    table.row("folder", config.train.out.display().to_string());
+    table.to_string()
+}
+
+fn summary(trainer: &Trainer, outcome: &Outcome) -> serde_json::Value {
+    let bits = |loss: f64| trainer.dataset().is_text().then_some(loss / std::f64::consts::LN_2);
+    json!({
+        "out": trainer.config().train.out,
+        "checkpoint": outcome.checkpoint,
+        "interrupted": outcome.interrupted,
+        "step": outcome.step,
+        "tokens": outcome.tokens,
+        "seconds": outcome.seconds,
+        "tokens_per_s": outcome.tokens as f64 / outcome.seconds.max(1e-9),
+        "validation": outcome.evaluation.as_ref().map(|evaluation| json!({
+            "loss": evaluation.loss,
+            "bits_per_byte": bits(evaluation.loss),
+            "accuracy": evaluation.accuracy.iter()
+                .map(|(length, share)| json!({ "length": length, "accuracy": share }))
+                .collect::<Vec<_>>(),
+        })),
+        "peak_memory_bytes": elapid_train::metrics::memory::peak_memory_bytes(),
+        "threads": rayon::current_num_threads(),
+    })
+}
+
+/// One line on how fast a run was.
+pub fn speed(outcome: &Outcome) -> String {
+    format!(
+        "{} tokens in {}, {} tokens/s",
+        grouped(outcome.tokens),
+        progress::duration(outcome.seconds),
+        rate(outcome.tokens as f64 / outcome.seconds.max(1e-9))
+    )
+}

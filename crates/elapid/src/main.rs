@@ -1,0 +1,22 @@
+//! The `elapid` command: reads the arguments, runs one of `commands/`, and turns what comes of it into an
+//! exit code.
+
+mod cli;
+mod commands;
+mod exit;
+mod interrupt;
+mod model_folder;
+mod output;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    exit::install_panic_hook();
+    let cli = match cli::Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return exit::arguments(&error),
+    };
+    exit::run(|| commands::run(cli))
+}

@@ -1,0 +1,74 @@
+//! From what stands behind `--model` to a model: a Hugging Face folder, a checkpoint, or a run's folder, of
+//! which the best checkpoint is taken, or the newest if none was marked as best.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use elapid_formats::checkpoint::{Checkpoint, Store};
+use elapid_formats::hf;
+use elapid_models::LanguageModel;
+
+/// A run keeps its checkpoints here, or directly in its folder.
+const CHECKPOINTS: &str = "checkpoints";
+/// What only checkpoints have.
+const MANIFEST: &str = "training.json";
+
+/// Reads the model and says which folder it came from.
+pub fn load(path: &Path) -> Result<(LanguageModel, PathBuf)> {
+    let folder = resolve(path)?;
+    if folder != path {
+        eprintln!("model: {}", folder.display());
+    }
+    let model = if folder.join(MANIFEST).is_file() {
+        // A checkpoint knows the hashes of its files, so damage is found here.
+        Checkpoint::open(&folder)?.load_model()?
+    } else {
+        hf::load_model(&folder)?
+    };
+    Ok((model, folder))
+}
+
+/// The folder that holds the model's files.
+pub fn resolve(path: &Path) -> Result<PathBuf> {
+    let metadata =
+        path.metadata().with_context(|| format!("cannot open the model {}", path.display()))?;
+    if metadata.is_file() {
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        return match path.file_name().and_then(|name| name.to_str()) {
+            Some(hf::CONFIG_FILE | hf::WEIGHTS_FILE | MANIFEST) => {
+                Ok(parent.unwrap_or(Path::new(".")).to_path_buf())
+            }
+            _ => bail!(
+                "{} is a file: a model is a folder with {} and {}",
+                path.display(),
+                hf::CONFIG_FILE,
+                hf::WEIGHTS_FILE
+            ),
+        };
+    }
+    if path.join(hf::CONFIG_FILE).exists() || path.join(hf::WEIGHTS_FILE).exists() {
+        return Ok(path.to_path_buf());
+    }
+    for root in [path.to_path_buf(), path.join(CHECKPOINTS)] {
+        let store = Store::new(&root, 1);
+        if let Some(step) = store.best() {
+            return Ok(store.folder(step));
+        }
+        let latest = store.latest()?;
+        for (folder, error) in &latest.skipped {
+            eprintln!("warning: {} is skipped: {error}", folder.display());
+        }
+        if let Some(checkpoint) = latest.checkpoint {
+            return Ok(checkpoint.path().to_path_buf());
+        }
+        if !latest.skipped.is_empty() {
+            bail!("{}: every checkpoint is damaged", root.display());
+        }
+    }
+    bail!(
+        "no model in {}: expected {} and {}, or a run's checkpoints (step-00001000, ...)",
+        path.display(),
+        hf::CONFIG_FILE,
+        hf::WEIGHTS_FILE
+    )
+}

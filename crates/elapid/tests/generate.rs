@@ -1,0 +1,147 @@
+//! `elapid generate` from prompt to text.
+
+mod program;
+
+use program::{Program, golden};
+
+fn generate<'a>(more: &[&'a str]) -> Vec<&'a str> {
+    [&["generate", "--model", "model"], more].concat()
+}
+
+#[test]
+fn the_same_seed_gives_the_same_text() {
+    let program = Program::with_model();
+    let sample = |seed: &str, threads: &str| {
+        let call = ["--prompt", "The ", "-n", "60", "--seed", seed, "--threads", threads];
+        program.run(&generate(&call)).ok()
+    };
+    let text = sample("1", "2");
+    assert!(!text.is_empty());
+    assert_eq!(text, sample("1", "2"));
+    assert_eq!(text, sample("1", "1"));
+    assert_ne!(text, sample("2", "2"));
+}
+
+#[test]
+fn json_is_one_object_that_says_the_same() {
+    let program = Program::with_model();
+    let call = ["--prompt", "The ", "-n", "60", "--seed", "1"];
+    let text = program.run(&generate(&call)).ok();
+    let report = program.run(&generate(&[&call[..], &["--json"]].concat())).json();
+    assert_eq!(report["text"], text.as_str());
+    assert_eq!(report["tokens"].as_array().unwrap().len(), 60);
+    assert_eq!(report["prompt_tokens"], 4);
+    assert_eq!(report["finish"], "length");
+    assert_eq!(report["seed"], 1);
+    assert!(report["decode_tokens_per_second"].as_f64().unwrap() > 0.0);
+    let bytes: Vec<u8> = report["tokens"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|token| u8::try_from(token.as_u64().unwrap()).unwrap())
+        .collect();
+    assert_eq!(text, String::from_utf8_lossy(&bytes));
+}
+
+#[test]
+fn a_drawn_seed_is_told_and_can_be_used_again() {
+    let program = Program::with_model();
+    let first = program.run(&generate(&["-n", "40", "--json"])).json();
+    let seed = first["seed"].to_string();
+    let again = program.run(&generate(&["-n", "40", "--json", "--seed", &seed])).json();
+    assert_eq!(first["tokens"], again["tokens"]);
+    let human = program.run(&generate(&["-n", "4", "--seed", &seed]));
+    assert!(human.err.contains(&format!("seed {seed}")), "{}", human.err);
+}
+
+#[test]
+fn the_prompt_comes_from_text_file_input_or_ids() {
+    let program = Program::with_model();
+    program.write("prompt.txt", "snake");
+    let rest = ["-n", "30", "--temperature", "0"];
+    let with = |more: &[&str]| program.run(&generate(&[more, &rest[..]].concat())).ok();
+    let text = with(&["--prompt", "snake"]);
+    assert_eq!(text, with(&["--prompt-file", "prompt.txt"]));
+    assert_eq!(text, with(&["--tokens", "115,110,97,107,101"]));
+    let piped = generate(&[&["--prompt-file", "-"], &rest[..]].concat());
+    assert_eq!(text, program.run_with(b"snake", &piped).ok());
+    assert_eq!(with(&[]), with(&["--prompt", "\n"]));
+    // Bytes that are no text are a prompt too.
+    program.run_with(&[0xFF, 0x00, 0xC3], &piped).ok();
+    program.run_with(b"", &piped).fails(2, &["empty"]);
+    program.run(&generate(&["--prompt-file", "none.txt"])).fails(1, &["none.txt"]);
+}
+
+#[test]
+fn stop_strings_end_the_text_and_are_not_printed() {
+    let program = Program::with_model();
+    let call = ["--prompt", "x", "-n", "200", "--seed", "5"];
+    let text = program.run(&generate(&call)).ok();
+    // Some neighbouring pair of ASCII characters of the free text.
+    let chars: Vec<char> = text.chars().collect();
+    let pair = chars.windows(2).skip(20).find(|pair| pair.iter().all(char::is_ascii_graphic));
+    let stop: String = pair.unwrap().iter().collect();
+    let call = [&call[..], &["--stop", "not in there", "--stop", &stop]].concat();
+    let stopped = program.run(&generate(&call));
+    assert!(stopped.err.contains("stop string"), "{}", stopped.err);
+    let stopped = stopped.ok();
+    assert_eq!(Some(stopped.as_str()), text.split(&stop).next());
+    let report = program.run(&generate(&[&call[..], &["--json"]].concat())).json();
+    assert_eq!(
+        (report["text"].as_str(), report["finish"].as_str()),
+        (Some(&*stopped), Some("stop"))
+    );
+}
+
+#[test]
+fn a_saved_state_goes_on_as_if_never_interrupted() {
+    let program = Program::with_model();
+    let sampling = ["--seed", "8", "--json"];
+    let run = |more: &[&str]| program.run(&generate(&[more, &sampling[..]].concat())).json();
+    let tokens = |report: &serde_json::Value| report["tokens"].as_array().unwrap().clone();
+
+    // The prompt in two parts.
+    let whole = run(&["--prompt", "Once upon a time", "-n", "30"]);
+    run(&["--prompt", "Once upon", "-n", "0", "--state-out", "half.state"]);
+    let rest = run(&["--prompt", " a time", "-n", "30", "--state-in", "half.state"]);
+    assert_eq!(tokens(&whole), tokens(&rest));
+
+    // Interrupted in the middle of generating: what comes next is given as the prompt.
+    let first = run(&["--prompt", "Once upon a time", "-n", "10", "--state-out", "ten.state"]);
+    assert_eq!(tokens(&first), tokens(&whole)[..10]);
+    let next = tokens(&whole)[10].to_string();
+    let rest = run(&["--tokens", &next, "-n", "19", "--state-in", "ten.state"]);
+    assert_eq!(tokens(&rest), tokens(&whole)[11..]);
+
+    program.run(&generate(&["--state-in", "ten.state"])).fails(2, &["--prompt"]);
+    let damaged = {
+        let mut bytes = std::fs::read(program.path("ten.state")).unwrap();
+        let last = bytes.len() - 9;
+        bytes[last] ^= 4;
+        bytes
+    };
+    program.write("bad.state", damaged);
+    let call = generate(&["--prompt", "a", "--state-in", "bad.state"]);
+    program.run(&call).fails(1, &["bad.state", "checksum"]);
+    let golden = golden().join("hf");
+    let golden = golden.to_str().unwrap();
+    program
+        .run(&["generate", "--model", golden, "--tokens", "1", "--state-in", "ten.state"])
+        .fails(1, &["ten.state", "another model"]);
+}
+
+#[test]
+fn a_model_without_bytes_takes_and_prints_ids() {
+    let program = Program::new();
+    let folder = golden().join("hf");
+    let model = folder.to_str().unwrap();
+    let call = |more: &[&str]| program.run(&[&["generate", "--model", model], more].concat());
+    call(&["--prompt", "text"]).fails(2, &["264 tokens", "--tokens"]);
+    call(&["--tokens", "1", "--stop", "x"]).fails(2, &["--stop"]);
+    let text = call(&["--tokens", "5,9,200", "-n", "6", "--temperature", "0"]).ok();
+    let ids: Vec<u32> = text.trim().split(',').map(|id| id.parse().unwrap()).collect();
+    assert_eq!(ids.len(), 6);
+    let report = call(&["--tokens", "5,9,200", "-n", "6", "--temperature", "0", "--json"]).json();
+    assert_eq!(report["tokens"], serde_json::json!(ids));
+    assert!(report["text"].is_null());
+}
