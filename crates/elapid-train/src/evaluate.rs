@@ -5,6 +5,7 @@ use elapid_models::{Context, LanguageModel, State};
 use elapid_ops::gather::select_rows;
 use elapid_tensor::autograd::no_grad;
 use elapid_tensor::{Sequence, Sequences, Tensor};
+use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 use crate::feed::Synthetic;
@@ -13,7 +14,7 @@ use crate::feed::Synthetic;
 const CHUNK: usize = 4096;
 
 /// What a validation found.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     /// Mean cross-entropy of the predicted tokens, in nats.
     pub loss: f64,

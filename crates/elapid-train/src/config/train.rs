@@ -35,11 +35,11 @@ pub struct TrainConfig {
     pub sample_every: u64,
     /// Tokens in such a sample.
     pub sample_tokens: usize,
-    /// Steps between checkpoints; 0 saves at the end only.
+    /// Steps between checkpoints; 0 saves at the end (and the best, with `keep_best`).
     pub checkpoint_every: u64,
     /// How many of the latest checkpoints stay.
     pub keep_last: usize,
-    /// Also keep the checkpoint with the lowest validation loss.
+    /// Also save and keep the model at its lowest validation loss.
     pub keep_best: bool,
     /// Folder of the run: checkpoints, metrics, plot.
     pub out: PathBuf,

@@ -11,13 +11,16 @@ use serde_json::Value;
 
 use crate::config::RunConfig;
 use crate::error::{Error, Result};
+use crate::evaluate::Evaluation;
 use crate::optimizer::AdamW;
 
 /// Folder of the checkpoints within the run's folder.
 pub const FOLDER: &str = "checkpoints";
 
 /// Keys that may differ between a run and its resumption: they do not touch what was computed so far.
-const FREE: [&str; 12] = [
+/// The bytes behind `data.paths` are compared by content when the feed is opened.
+const FREE: [&str; 13] = [
+    "data.paths",
     "train.steps",
     "train.epochs",
     "train.tokens",
@@ -43,14 +46,23 @@ pub struct RunProgress {
     pub seconds: f64,
     /// The place in the data after the last step.
     pub place: Value,
-    /// Lowest validation loss so far.
-    pub best: Option<f64>,
-    /// The last validation loss.
-    pub validation_loss: Option<f64>,
+    /// Where the validation loss was lowest so far.
+    pub best: Option<Best>,
+    /// The last validation.
+    pub evaluation: Option<Evaluation>,
     /// Running average of the gradient norm.
     pub norm_average: f64,
     /// Gradient norms in that average.
     pub norms_seen: u64,
+}
+
+/// The lowest validation loss of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    /// The step that it was reached at.
+    pub step: u64,
+    /// The loss in nats.
+    pub loss: f64,
 }
 
 /// A checkpoint that was read.
@@ -68,21 +80,24 @@ pub fn exists(folder: &Path) -> Result<bool> {
     Ok(!Store::new(folder, 1).steps()?.is_empty())
 }
 
-/// The newest checkpoint's folder.
-pub fn newest(folder: &Path) -> Option<PathBuf> {
+/// Makes the checkpoint of a step the best one again, if the folder says otherwise: the process may have
+/// been killed after it saved and before it said so, or a damaged checkpoint may have taken the place.
+pub fn restore_best(folder: &Path, best: Best) -> Result<()> {
     let store = Store::new(folder, 1);
-    let step = store.steps().ok()?.pop()?;
-    Some(store.folder(step))
+    if store.best() != Some(best.step) && store.folder(best.step).is_dir() {
+        store.mark_best(best.step)?;
+    }
+    Ok(())
 }
 
-/// Saves a checkpoint; an `improved` one becomes the best.
+/// Saves a checkpoint; with `is_best` it becomes the best.
 pub fn save(
     config: &RunConfig,
     model: &mut LanguageModel,
     optimizer: &AdamW,
     carried: Option<&State>,
     progress: &RunProgress,
-    improved: bool,
+    is_best: bool,
 ) -> Result<PathBuf> {
     let store = Store::new(config.train.out.join(FOLDER), config.train.keep_last);
     let malformed = |error: serde_json::Error| Error::Checkpoint { message: error.to_string() };
@@ -94,7 +109,7 @@ pub fn save(
         meta: serde_json::to_value(progress).map_err(malformed)?,
         config_toml: &config.resolved().to_toml(),
     })?;
-    if improved {
+    if is_best {
         store.mark_best(progress.step)?;
     }
     Ok(path)
@@ -108,7 +123,10 @@ pub fn load_latest(folder: &Path, warn: &mut dyn FnMut(&str)) -> Result<Loaded> 
     }
     let Some(checkpoint) = latest.checkpoint else {
         let message = match latest.skipped.len() {
-            0 => format!("{}: there is no checkpoint to resume from", folder.display()),
+            0 => format!(
+                "{}: there is no checkpoint to resume from; start the run without --resume",
+                folder.display()
+            ),
             n => format!("{}: none of the {n} checkpoints is sound", folder.display()),
         };
         return Err(Error::Checkpoint { message });
