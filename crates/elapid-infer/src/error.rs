@@ -5,10 +5,10 @@
 pub enum Error {
     /// The model or its state refused.
     #[error(transparent)]
-    Model(#[from] elapid_models::Error),
+    Model(Box<elapid_models::Error>),
     /// An operation failed.
     #[error(transparent)]
-    Tensor(#[from] elapid_tensor::Error),
+    Tensor(Box<elapid_tensor::Error>),
     /// An option has a value that makes no sense.
     #[error("{name}: expected {expected}, found {found}")]
     Option {
@@ -51,6 +51,19 @@ pub enum Error {
         /// NaN or an infinity.
         value: f32,
     },
+}
+
+// Boxed, because results are returned often and errors are not.
+impl From<elapid_models::Error> for Error {
+    fn from(error: elapid_models::Error) -> Self {
+        Self::Model(Box::new(error))
+    }
+}
+
+impl From<elapid_tensor::Error> for Error {
+    fn from(error: elapid_tensor::Error) -> Self {
+        Self::Tensor(Box::new(error))
+    }
 }
 
 /// `Result` with this crate's [`Error`].

@@ -2,9 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use elapid_infer::{
-    Error, Event, Finish, Generated, Options, Request, Sampling, forward, generate,
-};
+use elapid_infer::{Event, Finish, Generated, Options, Request, Sampling, forward, generate};
 use elapid_models::{LanguageModel, MambaConfig, State};
 use elapid_tensor::Tensor;
 use proptest::prelude::*;
@@ -40,7 +38,7 @@ fn logits(model: &LanguageModel, sequences: &[Vec<u32>], chunk: usize) -> (Vec<f
     let state = forward(model, sequences, None, chunk, |piece| {
         assert_eq!(piece.row * 256, rows.len());
         rows.extend_from_slice(piece.logits);
-        Ok::<_, Error>(())
+        Ok::<_, Box<dyn std::error::Error>>(())
     });
     (rows, state.unwrap())
 }

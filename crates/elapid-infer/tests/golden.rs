@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use elapid_formats::{TensorFile, hf};
-use elapid_infer::{Error, Options, Request, Sampling, forward, generate};
+use elapid_infer::{Options, Request, Sampling, forward, generate};
 use elapid_models::{Context, LanguageModel, State};
 use elapid_tensor::{Sequences, Tensor, autograd};
 
@@ -42,7 +42,7 @@ fn run(model: &LanguageModel, prompt: &[u32], chunk: usize) -> (Vec<f64>, State)
     let mut logits = Vec::new();
     let state = forward(model, &[prompt.to_vec()], None, chunk, |piece| {
         logits.extend(piece.logits.iter().map(|&logit| f64::from(logit)));
-        Ok::<_, Error>(())
+        Ok::<_, Box<dyn std::error::Error>>(())
     });
     (logits, state.unwrap())
 }

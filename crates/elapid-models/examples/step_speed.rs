@@ -21,8 +21,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             Ok(())
         })?;
         let start = Instant::now();
-        let (loss, state) =
-            model.loss(&ids, &targets, &sequences, None, &mut Context::new())?;
+        let (loss, state) = model.loss(&ids, &targets, &sequences, None, &mut Context::new())?;
         drop(state);
         let forward = start.elapsed();
         backward(&[(&loss, None)], &parameters.iter().collect::<Vec<_>>())?;

@@ -162,7 +162,7 @@ impl Tensor {
                 format!("a view of shape {} with strides {} has gaps", self.shape, self.strides),
             ));
         }
-        Ok(&self.from_offset::<T>()?[..self.elements()])
+        Ok(&self.elements_from_offset::<T>()?[..self.elements()])
     }
 
     /// The elements from the first one on to the end of the storage, to be read with [`Tensor::strides`].
@@ -170,10 +170,10 @@ impl Tensor {
     /// # Errors
     /// If the type is not `T`.
     pub fn strided_data<T: Element>(&self) -> Result<&[T]> {
-        self.from_offset()
+        self.elements_from_offset()
     }
 
-    fn from_offset<T: Element>(&self) -> Result<&[T]> {
+    fn elements_from_offset<T: Element>(&self) -> Result<&[T]> {
         self.expect_dtype("data", "tensor", T::DTYPE)?;
         match &*self.storage {
             Storage::Cpu(block) => {
@@ -202,7 +202,7 @@ impl Tensor {
             ));
         }
         let stride = if self.rank() == 0 { width } else { self.strides[0] };
-        Ok(RowView { data: self.from_offset()?, rows, width, stride })
+        Ok(RowView { data: self.elements_from_offset()?, rows, width, stride })
     }
 
     /// The elements in order, to be changed. Storage that others share is copied first; a view with gaps
@@ -272,7 +272,7 @@ impl Tensor {
         if self.elements() == 0 {
             return Ok(());
         }
-        let data = self.from_offset::<T>()?;
+        let data = self.elements_from_offset::<T>()?;
         // The longest suffix of axes without gaps is one run.
         let split = (0..=self.rank())
             .find(|&axis| inner_contiguous(&self.shape, &self.strides, axis))

@@ -7,7 +7,7 @@ use std::fmt;
 
 use elapid_data::synthetic::{InductionHeads, SelectiveCopying};
 use elapid_data::{
-    Batch, Documents, Loader, LoaderOptions, Position, Prefetch, SourceOptions, Split,
+    Batch, Documents, Loader, LoaderOptions, Position, Prefetch, SourceOptions, Span, Split,
     SplitOptions, Validation,
 };
 use serde_json::Value;
@@ -40,6 +40,10 @@ impl Feed {
 pub enum Dataset {
     /// Bytes.
     Bytes {
+        /// All that `data.paths` gave.
+        documents: Documents,
+        /// The part of it that is trained on.
+        train: Vec<Span>,
         /// The training loader, at its beginning.
         loader: Loader,
         /// The held-out windows; none if nothing is held out.
@@ -125,7 +129,7 @@ impl Dataset {
             seed,
             ..LoaderOptions::new(1, data.context)
         };
-        let loader = Loader::new(documents, train, options)?;
+        let loader = Loader::new(documents.clone(), train.clone(), options)?;
         let most = config.train.validation_tokens;
         let validation = validation
             .map(|(documents, spans)| {
@@ -135,7 +139,7 @@ impl Dataset {
             .transpose()?;
         let validation_bytes =
             validation.iter().flat_map(Validation::spans).map(|span| span.len() as u64).sum();
-        Ok(Self::Bytes { loader, validation, train_bytes, validation_bytes })
+        Ok(Self::Bytes { documents, train, loader, validation, train_bytes, validation_bytes })
     }
 
     /// Tokens of one pass over the training data; none for a task without end.
@@ -165,11 +169,20 @@ impl Dataset {
                 if let Some(place) = place {
                     let position =
                         serde_json::from_value::<Position>(place.clone()).map_err(malformed)?;
-                    loader.seek(&position)?;
+                    loader.seek(&position).map_err(|error| match error {
+                        elapid_data::Error::OtherData { .. } => Error::Checkpoint {
+                            message:
+                                "the training data is not that of the run: data.paths, or the \
+                                      content of the files, has changed since it began"
+                                    .into(),
+                        },
+                        other => other.into(),
+                    })?;
                 }
                 Prefetch::spawn(PREFETCH, move || {
                     let batch = loader.next_batch()?;
-                    let place = serde_json::to_value(loader.position()).unwrap_or(Value::Null);
+                    // A struct of numbers always is a JSON value.
+                    let place = serde_json::to_value(loader.position()).unwrap_or_default();
                     Ok(Some((batch, place)))
                 })?
             }

@@ -28,8 +28,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             parameters.push(parameter.tensor.clone());
             Ok(())
         })?;
-        let (loss, _state) =
-            model.loss(&ids, &targets, &sequences, None, &mut Context::new())?;
+        let (loss, _state) = model.loss(&ids, &targets, &sequences, None, &mut Context::new())?;
         let gradients = backward(&[(&loss, None)], &parameters.iter().collect::<Vec<_>>())?;
         drop(parameters);
         optimizer.step(&mut model, &gradients, 3e-3, 1.0)?;

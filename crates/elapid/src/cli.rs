@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use elapid_tensor::{DType, Device};
 
-use crate::commands::{completions, doctor, forward, generate, inspect, quickstart, train};
+use crate::commands::{bench, completions, doctor, forward, generate, inspect, quickstart, train};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -25,7 +25,7 @@ Human-readable output goes to stderr, results to stdout; --json prints one objec
 #[command(
     name = "elapid",
     version,
-    about,
+    about = "Train, run and study linear-time sequence models",
     after_help = EXAMPLES,
     propagate_version = true,
     subcommand_required = true,
@@ -69,6 +69,8 @@ pub enum Command {
     Forward(forward::Arguments),
     /// Show what a model folder, checkpoint, state file or safetensors file holds
     Inspect(inspect::Arguments),
+    /// Measure the speed of this machine, each figure beside what the machine can do at most
+    Bench(bench::Arguments),
     /// Check this machine, and a model on it
     Doctor(doctor::Arguments),
     /// Print a completion script for your shell

@@ -1,6 +1,7 @@
 //! The `elapid` command: reads the arguments, runs one of `commands/`, and turns what comes of it into an
 //! exit code.
 
+mod bench;
 mod cli;
 mod commands;
 mod exit;

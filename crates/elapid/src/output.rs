@@ -18,7 +18,7 @@ pub fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::with_capacity(digits.len() + digits.len() / 3);
     for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i) % 3 == 0 {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
             text.push(',');
         }
         text.push(digit);
@@ -87,7 +87,7 @@ mod tests {
         assert_eq!(bytes(595_304), "595.3 kB");
         assert_eq!(bytes(5_400_000_000), "5.4 GB");
         assert_eq!(rate(1234.6), "1,235");
-        assert_eq!(rate(3.14), "3.1");
+        assert_eq!(rate(2.54), "2.5");
         let mut table = Table::default();
         table.row("a", "1").row("long", "2");
         assert_eq!(table.to_string(), "a     1\nlong  2\n");

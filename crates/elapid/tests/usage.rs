@@ -4,7 +4,7 @@ mod program;
 
 use program::Program;
 
-const COMMANDS: [&str; 5] = ["generate", "forward", "inspect", "doctor", "completions"];
+const COMMANDS: [&str; 6] = ["bench", "generate", "forward", "inspect", "doctor", "completions"];
 
 #[test]
 fn every_command_has_help_with_examples() {

@@ -71,8 +71,8 @@ pub enum Packing {
 pub struct SyntheticConfig {
     /// "induction-heads" or "selective-copying"; must be written.
     pub task: SyntheticTask,
-    /// Length of a training sample: tokens before the final prefix (induction heads) or number of
-    /// noise tokens (selective copying).
+    /// Length of a training sample: all of its tokens, the final prefix included (induction heads), or
+    /// its noise tokens (selective copying).
     pub length: usize,
     /// Vocabulary, special tokens included.
     pub vocab_size: usize,
@@ -108,10 +108,10 @@ pub enum SyntheticTask {
 }
 
 impl SyntheticConfig {
-    /// Tokens of one training sample: the task's length and what it adds.
+    /// Tokens of one training sample.
     pub fn sample_tokens(&self) -> usize {
         match self.task {
-            SyntheticTask::InductionHeads => self.length + 1,
+            SyntheticTask::InductionHeads => self.length,
             SyntheticTask::SelectiveCopying => self.length + 2 * self.memorize,
         }
     }

@@ -145,23 +145,21 @@ pub fn load_latest(folder: &Path, warn: &mut dyn FnMut(&str)) -> Result<Loaded> 
 
 /// Refuses to resume with a configuration that would not have led to the checkpoint.
 pub fn check_config(saved: &RunConfig, given: &RunConfig, checkpoint: &Path) -> Result<()> {
-    let differs = saved
+    let word = |value: Option<String>| value.unwrap_or_else(|| "nothing".into());
+    let changed: Vec<String> = saved
         .differences(given)
         .into_iter()
-        .find(|(key, ..)| !FREE.contains(&key.as_str()) && !key.starts_with("log."));
-    match differs {
-        None => Ok(()),
-        Some((key, saved, given)) => {
-            let word = |value: Option<String>| value.unwrap_or_else(|| "nothing".into());
-            Err(Error::Checkpoint {
-                message: format!(
-                    "{}: the run was begun with {key} = {}, but is to be resumed with {}; \
-                     start another run (train.out), or put the value back",
-                    checkpoint.display(),
-                    word(saved),
-                    word(given)
-                ),
-            })
-        }
+        .filter(|(key, ..)| !FREE.contains(&key.as_str()) && !key.starts_with("log."))
+        .map(|(key, saved, given)| format!("{key} = {} (now {})", word(saved), word(given)))
+        .collect();
+    if changed.is_empty() {
+        return Ok(());
     }
+    Err(Error::Checkpoint {
+        message: format!(
+            "{}: the run was begun with {}; put that back, or start another run (train.out)",
+            checkpoint.display(),
+            changed.join(", ")
+        ),
+    })
 }

@@ -6,29 +6,35 @@
 //! parameters, moments, the place in the data, the carried state and every running figure.
 
 mod checkpoint;
+mod report;
 mod step;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use elapid_data::Batch;
 use elapid_models::{LanguageModel, MambaConfig, State};
+use elapid_tensor::Tensor;
 use serde_json::Value;
 
 pub use step::{NormWatch, StepReport, train_step};
 
-use crate::config::RunConfig;
-use crate::error::{Error, Result};
-use crate::evaluate::{Evaluation, evaluate_bytes, evaluate_synthetic};
+use crate::config::{ProgressMode, RunConfig};
+use crate::diagnose::first_bad_tensor;
+use crate::error::{Error, Place, Result};
+use crate::evaluate::Evaluation;
 use crate::feed::{Dataset, Feed};
-use crate::metrics::jsonl::{MetricsWriter, read_metrics};
-use crate::metrics::memory::peak_memory_bytes;
+use crate::metrics::jsonl::MetricsWriter;
 use crate::metrics::tensorboard::EventWriter;
-use crate::metrics::{Record, TrainRecord, ValidationRecord};
 use crate::optimizer::AdamW;
-use crate::plot::{LossPlot, Reference};
-use crate::progress::{Progress, Status};
+use crate::plot::Reference;
+use crate::progress::Progress;
 use crate::schedule::Schedule;
+use step::diverged;
+
+/// The records of a run, within its folder.
+const METRICS_FILE: &str = "metrics.jsonl";
 
 /// A training run.
 pub struct Trainer {
@@ -43,8 +49,12 @@ pub struct Trainer {
     step: u64,
     tokens: u64,
     seconds: f64,
-    best: Option<f64>,
+    best: Option<checkpoint::Best>,
     last_evaluation: Option<Evaluation>,
+    /// The newest checkpoint.
+    checkpoint: Option<PathBuf>,
+    /// The last step after which the model was seen to give a finite loss.
+    sound_at: u64,
 }
 
 /// What a run does with the world around it.
@@ -57,6 +67,8 @@ pub struct Hooks<'a> {
     pub sample: Option<Box<dyn FnMut(&LanguageModel, usize) -> String + 'a>>,
     /// Lines to compare with in the plot.
     pub references: Vec<Reference>,
+    /// Show no progress, whatever the configuration says.
+    pub quiet: bool,
 }
 
 /// How a run ended.
@@ -114,6 +126,8 @@ impl Trainer {
             seconds: 0.0,
             best: None,
             last_evaluation: None,
+            checkpoint: None,
+            sound_at: 0,
         })
     }
 
@@ -146,7 +160,9 @@ impl Trainer {
             tokens: progress.tokens,
             seconds: progress.seconds,
             best: progress.best,
-            last_evaluation: None,
+            last_evaluation: progress.evaluation,
+            checkpoint: Some(found.path),
+            sound_at: progress.step,
         })
     }
 
@@ -170,20 +186,46 @@ impl Trainer {
         (self.step, self.schedule.steps)
     }
 
-    /// Trains to the last step, or until told to stop; both leave a checkpoint.
+    /// Trains to the last step, or until told to stop; both leave a checkpoint. A run that has done all its
+    /// steps does nothing.
     ///
     /// # Errors
     /// Divergence (the last good checkpoint stays, and is named), or a file that cannot be written.
     pub fn run(&mut self, hooks: &mut Hooks<'_>) -> Result<Outcome> {
-        let out = self.config.train.out.clone();
-        std::fs::create_dir_all(&out).map_err(Error::io("create", &out))?;
-        let resumed = self.step > 0;
+        if self.step >= self.schedule.steps {
+            return Ok(self.outcome(false));
+        }
+        let mut live = self.open(hooks.quiet)?;
+        let result = self.steps_of(&mut live, hooks);
+        live.progress.finish();
+        let synced = live.metrics.sync();
+        let interrupted = match result {
+            Err(Error::Diverged { step, what, first_bad, .. }) => {
+                let last_good = self.checkpoint.clone();
+                return Err(Error::Diverged { step, what, first_bad, last_good });
+            }
+            result => result?,
+        };
+        synced?;
+        Ok(self.outcome(interrupted))
+    }
+
+    /// Opens what the run writes to, and its data at the place where it stands.
+    fn open(&mut self, quiet: bool) -> Result<Live> {
+        let feed = self.dataset.feed(self.place.as_ref())?;
+        let out = &self.config.train.out;
+        std::fs::create_dir_all(out).map_err(Error::io("create", out))?;
         let toml = self.config.resolved().to_toml();
         elapid_formats::atomic::write_file(&out.join("config.toml"), |file| {
             file.write_all(toml.as_bytes())
         })?;
-        let metrics_path = out.join("metrics.jsonl");
-        let metrics = if resumed {
+        if let Some(best) = self.best.filter(|_| self.config.train.keep_best) {
+            checkpoint::restore_best(&out.join(checkpoint::FOLDER), best)?;
+        }
+        let metrics_path = out.join(METRICS_FILE);
+        // Also without a checkpoint there may be records of a run that was killed before its first one.
+        let earlier = metrics_path.exists();
+        let metrics = if self.step > 0 {
             MetricsWriter::resume(&metrics_path, self.step)?
         } else {
             MetricsWriter::create(&metrics_path)?
@@ -192,48 +234,35 @@ impl Trainer {
             .config
             .log
             .tensorboard
-            .then(|| EventWriter::create(&out, resumed.then_some(self.step)))
+            .then(|| EventWriter::create(out, earlier.then_some(self.step)))
             .transpose()?;
-        let progress = Progress::new(self.config.log.progress, self.schedule.steps, self.step);
-        let feed = self.dataset.feed(self.place.as_ref())?;
-        let mut live = Live { metrics, events, progress, feed, checkpoint: None };
-        let result = self.steps_of(&mut live, hooks);
-        live.progress.finish();
-        live.metrics.sync()?;
-        let interrupted = match result {
-            Ok(interrupted) => interrupted,
-            Err(Error::Diverged { step, what, first_bad, .. }) => {
-                let folder = out.join(checkpoint::FOLDER);
-                let last_good = live.checkpoint.or_else(|| checkpoint::newest(&folder));
-                return Err(Error::Diverged { step, what, first_bad, last_good });
-            }
-            Err(other) => return Err(other),
-        };
-        if self.config.log.plot {
-            self.plot(hooks)?;
-        }
-        Ok(Outcome {
+        let mode = if quiet { ProgressMode::Quiet } else { self.config.log.progress };
+        let progress = Progress::new(mode, self.schedule.steps, self.step);
+        Ok(Live { metrics, events, progress, feed })
+    }
+
+    fn outcome(&self, interrupted: bool) -> Outcome {
+        Outcome {
             interrupted,
             step: self.step,
             evaluation: self.last_evaluation.clone(),
             tokens: self.tokens,
             seconds: self.seconds,
-            checkpoint: live.checkpoint,
-        })
+            checkpoint: self.checkpoint.clone(),
+        }
     }
 
     /// True if it was interrupted.
     fn steps_of(&mut self, live: &mut Live, hooks: &mut Hooks<'_>) -> Result<bool> {
         let every = |interval: u64, step: u64| interval > 0 && step.is_multiple_of(interval);
-        let mut saved = self.step;
+        let train = self.config.train.clone();
         while self.step < self.schedule.steps {
             let started = Instant::now();
-            let mut batches = Vec::with_capacity(self.config.train.accumulation);
-            let mut place = Value::Null;
-            for _ in 0..self.config.train.accumulation {
-                let (batch, after) = live.feed.next_batch()?;
+            let mut batches = Vec::with_capacity(train.accumulation);
+            for _ in 0..train.accumulation {
+                let (batch, place) = live.feed.next_batch()?;
                 batches.push(batch);
-                place = after;
+                self.place = Some(place);
             }
             let lr = self.schedule.lr(self.step);
             let carry = self.config.data.carry_state.then_some(&mut self.carried);
@@ -246,7 +275,6 @@ impl Trainer {
                 carry,
                 lr,
             )?;
-            self.place = Some(place);
             self.step += 1;
             self.tokens += report.tokens as u64;
             let seconds = started.elapsed().as_secs_f64();
@@ -254,20 +282,22 @@ impl Trainer {
             let last = self.step == self.schedule.steps;
             self.record(live, &report, lr, seconds, last)?;
 
-            if last || every(self.config.train.validation_every, self.step) {
-                self.validate(live)?;
+            let mut save = last || every(train.checkpoint_every, self.step);
+            if last || every(train.validation_every, self.step) {
+                self.check_sound(&batches)?;
+                save |= self.validate(live)? && train.keep_best;
             }
-            if every(self.config.train.sample_every, self.step)
+            if every(train.sample_every, self.step)
                 && let Some(sample) = &mut hooks.sample
             {
-                let text = sample(&self.model, self.config.train.sample_tokens);
+                let text = sample(&self.model, train.sample_tokens);
                 live.progress.note(&format!("step {}: {text}", self.step));
             }
             let stop = hooks.stop.is_some_and(|stop| stop.load(Ordering::Relaxed));
-            if last || stop || every(self.config.train.checkpoint_every, self.step) {
+            if save || stop {
+                self.check_sound(&batches)?;
                 live.metrics.sync()?;
-                live.checkpoint = Some(self.save(live)?);
-                saved = self.step;
+                self.save(live)?;
                 if self.config.log.plot {
                     self.plot(hooks)?;
                 }
@@ -276,114 +306,35 @@ impl Trainer {
                 return Ok(true);
             }
         }
-        if saved == self.step && live.checkpoint.is_none() {
-            live.checkpoint = checkpoint::newest(&self.config.train.out.join(checkpoint::FOLDER));
-        }
         Ok(false)
     }
 
-    fn record(
-        &self,
-        live: &mut Live,
-        report: &StepReport,
-        lr: f64,
-        seconds: f64,
-        last: bool,
-    ) -> Result<()> {
-        let bits = self.bits(report.loss);
-        let tokens_per_s = report.tokens as f64 / seconds;
-        let memory_bytes = peak_memory_bytes();
-        live.progress.update(&Status {
-            step: self.step,
-            loss: report.loss,
-            bits_per_byte: bits,
-            tokens_per_s,
-            memory_bytes,
-        });
-        if !last && self.step != 1 && !self.step.is_multiple_of(self.config.log.every) {
+    /// Refuses to go on with a model that the last update broke, so that a checkpoint is always one to go
+    /// on from: a step's loss is that of the parameters before its update.
+    fn check_sound(&mut self, batches: &[Batch]) -> Result<()> {
+        let Some(batch) = batches.last().filter(|_| self.sound_at != self.step) else {
             return Ok(());
-        }
-        let record = Record::Train(TrainRecord {
-            step: self.step,
-            tokens: self.tokens,
-            loss: report.loss,
-            bits_per_byte: bits,
-            lr,
-            grad_norm: report.grad_norm,
-            padding_rate: 1.0
-                - report.tokens as f64
-                    / (self.config.tokens_per_batch() * self.config.train.accumulation) as f64,
-            tokens_per_s,
-            time_s: self.seconds,
-            memory_bytes,
-        });
-        self.write(live, &record)
-    }
-
-    fn write(&self, live: &mut Live, record: &Record) -> Result<()> {
-        live.metrics.write(record)?;
-        match &mut live.events {
-            Some(events) => events.record(record),
-            None => Ok(()),
-        }
-    }
-
-    fn validate(&mut self, live: &mut Live) -> Result<()> {
-        let started = Instant::now();
-        let Some(evaluation) = self.evaluate(&mut |_| {})? else { return Ok(()) };
-        let record = Record::Validation(ValidationRecord {
-            step: self.step,
-            tokens: self.tokens,
-            loss: evaluation.loss,
-            bits_per_byte: self.bits(evaluation.loss),
-            accuracy: evaluation.mean_accuracy(),
-            time_s: started.elapsed().as_secs_f64(),
-        });
-        self.write(live, &record)?;
-        let mut note = format!("step {}: validation ", self.step);
-        note += &match self.bits(evaluation.loss) {
-            Some(bits) => format!("{bits:.4} bits per byte"),
-            None => format!("loss {:.4}", evaluation.loss),
         };
-        for (length, share) in &evaluation.accuracy {
-            note += &format!(", {length}: {:.1} %", share * 100.0);
+        let ids = Tensor::from_slice(&batch.ids, [batch.ids.len()])?;
+        let (losses, _) =
+            self.model.losses(&ids, &batch.targets, &batch.sequences, self.carried.clone())?;
+        let loss: f64 = losses.iter().map(|&loss| f64::from(loss)).sum();
+        if !loss.is_finite() {
+            let found = first_bad_tensor(&mut self.model, batch, self.carried.clone(), &[])?;
+            return Err(diverged(self.step, format!("the loss after the update is {loss}"), found));
         }
-        live.progress.note(&note);
-        self.last_evaluation = Some(evaluation);
+        self.sound_at = self.step;
         Ok(())
     }
 
-    /// Validates the model as it is; none if nothing is held out. `progress` is told the share done.
-    ///
-    /// # Errors
-    /// Those of the model.
-    pub fn evaluate(&self, progress: &mut dyn FnMut(f64)) -> Result<Option<Evaluation>> {
-        match &self.dataset {
-            Dataset::Bytes { validation: None, .. } => Ok(None),
-            Dataset::Bytes { validation: Some(validation), .. } => {
-                evaluate_bytes(&self.model, validation, progress).map(Some)
-            }
-            Dataset::Synthetic(task) => evaluate_synthetic(&self.model, task, progress).map(Some),
-        }
-    }
-
-    fn bits(&self, loss: f64) -> Option<f64> {
-        self.dataset.is_text().then(|| loss / std::f64::consts::LN_2)
-    }
-
-    fn save(&mut self, live: &mut Live) -> Result<PathBuf> {
-        let loss = self.last_evaluation.as_ref().map(|evaluation| evaluation.loss);
-        let improved = loss.is_some_and(|loss| self.best.is_none_or(|best| loss < best));
-        if improved {
-            self.best = loss;
-        }
+    fn save(&mut self, live: &mut Live) -> Result<()> {
         let progress = checkpoint::RunProgress {
             step: self.step,
             tokens: self.tokens,
             seconds: self.seconds,
             place: self.place.clone().unwrap_or(Value::Null),
             best: self.best,
-            validation_loss: loss,
+            evaluation: self.last_evaluation.clone(),
             norm_average: self.watch.average,
             norms_seen: self.watch.seen,
         };
@@ -393,24 +344,10 @@ impl Trainer {
             &self.optimizer,
             self.carried.as_ref(),
             &progress,
-            improved && self.config.train.keep_best,
+            self.config.train.keep_best && self.best.is_some_and(|best| best.step == self.step),
         )?;
         live.progress.note(&format!("step {}: saved {}", self.step, saved.display()));
-        Ok(saved)
-    }
-
-    fn plot(&self, hooks: &Hooks<'_>) -> Result<()> {
-        let out = &self.config.train.out;
-        let records = read_metrics(out.join("metrics.jsonl"))?;
-        let name = out.file_name().map_or_else(String::new, |name| name.to_string_lossy().into());
-        let mut plot = LossPlot::from_records(name, &records);
-        plot.references.clone_from(&hooks.references);
-        if records.iter().any(|record| match record {
-            Record::Train(record) => record.loss.is_finite(),
-            Record::Validation(record) => record.loss.is_finite(),
-        }) {
-            plot.save(out.join("loss.svg"))?;
-        }
+        self.checkpoint = Some(saved);
         Ok(())
     }
 }
@@ -421,21 +358,12 @@ struct Live {
     events: Option<EventWriter>,
     progress: Progress,
     feed: Feed,
-    checkpoint: Option<PathBuf>,
-}
-
-/// The configuration of the run in a folder, as it was written when the run began.
-///
-/// # Errors
-/// The folder holds no run.
-pub fn run_config(folder: &Path, overrides: &[String]) -> Result<RunConfig> {
-    RunConfig::load(&folder.join("config.toml"), overrides)
 }
 
 fn check_vocabulary(model: &MambaConfig, dataset: &Dataset) -> Result<()> {
     if dataset.is_text() && model.vocab_size < 256 {
         return Err(Error::BadValue {
-            place: crate::error::Place::Nowhere,
+            place: Place::Nowhere,
             key: "model.vocab_size".into(),
             expected: "at least 256, to train on bytes".into(),
             found: model.vocab_size.to_string(),
@@ -451,7 +379,7 @@ fn schedule(config: &RunConfig, dataset: &Dataset) -> Result<Schedule> {
         (None, Some(epochs), Some(tokens)) => Some(epochs * tokens as f64),
         (None, Some(_), None) => {
             return Err(Error::BadValue {
-                place: crate::error::Place::Nowhere,
+                place: Place::Nowhere,
                 key: "train.epochs".into(),
                 expected: "train.steps or train.tokens with a synthetic task, which has no end"
                     .into(),

@@ -22,8 +22,6 @@ pub struct StepReport {
     pub tokens: usize,
     /// Predicted tokens of the step.
     pub predicted: usize,
-    /// Places in the batch, fillers included.
-    pub places: usize,
 }
 
 /// Watches the gradient norm: its running average tells an explosion from a hard batch.
@@ -69,10 +67,11 @@ pub fn train_step(
     lr: f64,
 ) -> Result<StepReport> {
     let predicted: usize = batches.iter().map(|batch| batch.predicted).sum();
-    let mut report = StepReport { loss: 0.0, grad_norm: 0.0, tokens: 0, predicted, places: 0 };
+    let mut report = StepReport { loss: 0.0, grad_norm: 0.0, tokens: 0, predicted };
     let mut gradients: Vec<Option<Tensor>> = Vec::new();
+    let mut before = None;
     for batch in batches {
-        let before = carried.as_ref().and_then(|state| (**state).clone());
+        before = carried.as_ref().and_then(|state| (**state).clone());
         let mut parameters = Vec::new();
         model.visit(&mut |parameter| {
             parameters.push(parameter.tensor.clone());
@@ -93,7 +92,6 @@ pub fn train_step(
         let share = batch.predicted as f64 / predicted.max(1) as f64;
         report.loss += f64::from(loss.item::<f32>()?) * share;
         report.tokens += batch.real_tokens;
-        report.places += batch.ids.len();
         let found = backward(
             &[(&loss, Some(Tensor::scalar(share as f32)))],
             &parameters.iter().collect::<Vec<_>>(),
@@ -125,22 +123,20 @@ pub fn train_step(
         global_norm(&slices.collect::<elapid_tensor::Result<Vec<_>>>()?)
     };
     let norm = report.grad_norm;
-    let exploded = watch.exploded(norm, config.max_grad_norm_factor);
-    if !norm.is_finite() || exploded {
-        let what = if exploded {
-            format!(
-                "the gradient norm {norm:.3e} is over {} times its average {:.3e}",
-                config.max_grad_norm_factor, watch.average
-            )
-        } else {
-            format!("the gradient norm is {norm}")
-        };
+    let step = optimizer.steps() + 1;
+    if !norm.is_finite() {
         let bad = match batches.last() {
-            Some(batch) => first_bad_tensor(model, batch, None, &gradients).ok().flatten(),
+            Some(batch) => first_bad_tensor(model, batch, before, &gradients)?,
             None => None,
         };
-        let bad = bad.or_else(|| largest(optimizer, &gradients));
-        return Err(diverged(optimizer.steps() + 1, what, bad));
+        return Err(diverged(step, format!("the gradient norm is {norm}"), bad));
+    }
+    if watch.exploded(norm, config.max_grad_norm_factor) {
+        let (factor, average) = (config.max_grad_norm_factor, watch.average);
+        let what = format!(
+            "the gradient norm {norm:.3e} is over {factor} times its average {average:.3e}"
+        );
+        return Err(diverged(step, what, largest(optimizer, &gradients)));
     }
     watch.observe(norm);
     let scale = if config.clip_norm > 0.0 && norm > config.clip_norm {
@@ -152,7 +148,8 @@ pub fn train_step(
     Ok(report)
 }
 
-fn diverged(step: u64, what: String, first_bad: Option<String>) -> Error {
+/// [`Error::Diverged`]; the checkpoint is named by who knows it.
+pub(super) fn diverged(step: u64, what: String, first_bad: Option<String>) -> Error {
     Error::Diverged {
         step,
         what,

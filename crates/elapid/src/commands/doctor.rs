@@ -1,7 +1,7 @@
 //! `elapid doctor`: what this machine offers, whether the fast code computes right on it, and whether a
 //! model is sound.
 
-mod machine;
+pub mod machine;
 mod self_check;
 
 use anyhow::{Context as _, Result, bail};
@@ -92,7 +92,7 @@ fn check_model(path: &Path) -> Result<Model> {
     let mut logits_finite = true;
     let state = forward(&model, &[tokens], None, 16, |piece| {
         logits_finite &= piece.logits.iter().all(|logit| logit.is_finite());
-        Ok::<_, elapid_infer::Error>(())
+        Ok::<_, anyhow::Error>(())
     })
     .context("the model's forward pass failed")?;
     for layer in &state.layers {

@@ -52,8 +52,6 @@ pub struct Arguments {
     /// Stop at this text, which is not printed (repeatable)
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
-    #[command(flatten)]
-    sampling: SamplingArguments,
     /// Go on from this state
     #[arg(long, value_name = "FILE", help_heading = "State")]
     state_in: Option<PathBuf>,
@@ -62,6 +60,8 @@ pub struct Arguments {
     state_out: Option<PathBuf>,
     #[command(flatten)]
     json: JsonArgument,
+    #[command(flatten)]
+    sampling: SamplingArguments,
 }
 
 #[derive(Debug, Args)]
@@ -145,7 +145,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let request = Request { prompt, id: 0, state };
 
     let mut writer = (!arguments.json.json).then(|| Writer::new(vocabulary));
-    let generation =
+    let outcome =
         generate(
             &model,
             std::slice::from_ref(&request),
@@ -154,7 +154,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
                 Some(writer) => writer.write(event),
                 None => ControlFlow::Continue(()),
             },
-        )?;
+        );
+    let generation = outcome.map_err(as_option)?;
     if let Some(writer) = writer {
         writer.finish()?;
     }

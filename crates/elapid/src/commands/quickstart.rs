@@ -4,24 +4,27 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
 use elapid_data::baselines::{Order2, gzip, zstd};
 use elapid_data::corpus::{self, CorpusOptions};
-use elapid_data::{Documents, Span, Split, SplitOptions, Validation};
+use elapid_formats::atomic;
+use elapid_train::Dataset;
 use elapid_train::config::RunConfig;
 use elapid_train::plot::Reference;
-use elapid_train::trainer::Trainer;
-use elapid_train::{Dataset, SourceOptions};
+use elapid_train::trainer::{Outcome, Trainer};
 use serde_json::json;
 
-use super::train::{describe, sample_text, speed, train};
+use super::train::{describe, how_to_go_on, sample_text, speed, train};
 use crate::cli::JsonArgument;
 use crate::exit::Usage;
 use crate::output::{Table, bytes, grouped, print_json};
 
 /// The run, apart from its data: sized for about two minutes on two cores.
 const CONFIG: &str = include_str!("quickstart.toml");
+
+/// Between the documents of the text that was found, in which it does not occur.
+const SEPARATOR: &str = "\0";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -51,70 +54,29 @@ pub struct Arguments {
 
 /// Runs the command.
 pub fn run(arguments: &Arguments) -> Result<()> {
-    let documents = documents(arguments)?;
-    let mut overrides = arguments.overrides.clone();
-    if let Some(steps) = arguments.steps {
-        overrides.push(format!("train.steps={steps}"));
-    }
-    let mut config = RunConfig::parse(CONFIG, None, &overrides)?;
-    config.train.out = folder(arguments.out.as_deref(), &config.train.out)?;
-    if !arguments.data.is_empty() {
-        config.data.paths.clone_from(&arguments.data);
-    }
-
-    let seed = config.train.seed;
-    let split = SplitOptions { fraction: config.data.validation_fraction, seed };
-    let train_spans = Split::new(&documents, split)?.train;
-    let dataset = Dataset::from_documents(&config, documents.clone(), None)?;
+    let config = configure(arguments)?;
+    let dataset = Dataset::open(&config)?;
+    let baselines = Baselines::measure(&dataset)?;
     let mut trainer = Trainer::start(config, dataset)?;
     eprint!("{}", describe(&trainer));
 
-    let baselines = match trainer.dataset() {
-        Dataset::Bytes { validation: Some(validation), .. } => {
-            Baselines::measure(&documents, &train_spans, validation)?
-        }
-        _ => return Err(Usage::new("the data is too small to hold part of it out").into()),
-    };
-    let outcome = train(&mut trainer, baselines.references())?;
+    let outcome = train(&mut trainer, baselines.references(), false)?;
     let out = trainer.config().train.out.clone();
-    if outcome.interrupted {
-        eprintln!(
-            "stopped at step {}; go on with: elapid train {} --resume",
-            outcome.step,
-            out.join("config.toml").display()
-        );
-        return Ok(());
-    }
-    let bits = outcome.evaluation.as_ref().map_or(f64::NAN, |e| e.loss / std::f64::consts::LN_2);
-    let sample = sample_text(trainer.model(), "The ", 400, seed)?;
-    let context = trainer.config().data.context;
-    eprintln!("\nA sample after \"The \":\n");
-    eprintln!("{}\n", indented(&format!("The {}", sample.trim_end())));
-    eprint!("{}", baselines.table(bits, context));
-    eprintln!();
-    let mut table = Table::default();
-    table.row("speed", speed(&outcome));
-    table.row("loss plot", out.join("loss.svg").display().to_string());
-    if let Some(checkpoint) = &outcome.checkpoint {
-        table.row("checkpoint", checkpoint.display().to_string());
-    }
-    eprint!("{table}");
-    eprintln!("\nTry next:");
-    let out_text = out.display();
-    for (command, what) in [
-        (format!("elapid generate --model {out_text} --prompt 'fn main'"), "continue a text"),
-        (format!("elapid inspect {out_text}"), "what was saved"),
-        ("elapid quickstart --data FOLDER --steps 3000".into(), "your own text, longer"),
-        ("elapid train configs/bytes-small.toml".into(), "a run of your own"),
-        ("elapid bench".into(), "how fast this machine is"),
-    ] {
-        eprintln!("  {command:<52} {what}");
+    let bits = outcome.evaluation.as_ref().map(|e| e.loss / std::f64::consts::LN_2);
+    let sample = match outcome.interrupted {
+        true => None,
+        false => Some(sample_text(trainer.model(), "The ", 400, trainer.config().train.seed)?),
+    };
+    match (bits, &sample) {
+        (Some(bits), Some(sample)) => tell(&trainer, &outcome, &baselines, bits, sample),
+        _ => eprintln!("{}", how_to_go_on(&trainer, &outcome)),
     }
     if arguments.json.json {
         print_json(&json!({
             "out": out,
             "plot": out.join("loss.svg"),
             "checkpoint": outcome.checkpoint,
+            "interrupted": outcome.interrupted,
             "steps": outcome.step,
             "tokens": outcome.tokens,
             "seconds": outcome.seconds,
@@ -126,16 +88,60 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-fn documents(arguments: &Arguments) -> Result<Documents> {
-    if !arguments.data.is_empty() {
-        let documents = Documents::load(&SourceOptions::new(&arguments.data))?;
-        eprintln!(
-            "data    {} in {} documents",
-            bytes(documents.bytes()),
-            grouped(documents.len() as u64)
-        );
-        return Ok(documents);
+/// What came of it, and what to try next.
+fn tell(trainer: &Trainer, outcome: &Outcome, baselines: &Baselines, bits: f64, sample: &str) {
+    let out = &trainer.config().train.out;
+    eprintln!("\nA sample after \"The \":\n");
+    eprintln!("{}\n", indented(&format!("The {}", sample.trim_end())));
+    eprint!("{}", baselines.table(bits, trainer.config().data.context));
+    eprintln!();
+    let mut table = Table::default();
+    table.row("speed", speed(outcome));
+    table.row("loss plot", out.join("loss.svg").display().to_string());
+    if let Some(checkpoint) = &outcome.checkpoint {
+        table.row("checkpoint", checkpoint.display().to_string());
     }
+    eprint!("{table}");
+    eprintln!("\nTry next:");
+    let out = out.display();
+    for (command, what) in [
+        (format!("elapid generate --model {out} --prompt 'fn main'"), "continue a text"),
+        (format!("elapid inspect {out}"), "what was saved"),
+        ("elapid quickstart --data FOLDER --steps 3000".into(), "your own text, longer"),
+        ("elapid train configs/bytes-small.toml".into(), "a run of your own"),
+        ("elapid bench".into(), "how fast this machine is"),
+    ] {
+        eprintln!("  {command:<52} {what}");
+    }
+}
+
+/// The run's configuration: a run like any other, which `elapid train` can resume and repeat.
+fn configure(arguments: &Arguments) -> Result<RunConfig> {
+    for key in ["data.paths", "data.synthetic"] {
+        if arguments.overrides.iter().any(|text| text.trim_start().starts_with(key)) {
+            let message = format!("--set {key}: quickstart takes its data from --data PATH");
+            return Err(Usage::new(message).into());
+        }
+    }
+    let mut overrides = arguments.overrides.clone();
+    if let Some(steps) = arguments.steps {
+        overrides.push(format!("train.steps={steps}"));
+    }
+    let mut config = RunConfig::parse(CONFIG, None, &overrides)?;
+    config.train.out = folder(arguments.out.as_deref(), &config.train.out)?;
+    if arguments.data.is_empty() {
+        let text = collect(&config.train.out)?;
+        config.data.paths = vec![text.display().to_string()];
+        config.data.separator = Some(SEPARATOR.into());
+    } else {
+        config.data.paths.clone_from(&arguments.data);
+    }
+    Ok(config)
+}
+
+/// Finds text on this machine and writes it into the run's folder, so that the run does not depend on
+/// what is installed or removed later.
+fn collect(out: &Path) -> Result<PathBuf> {
     let corpus = corpus::find(CorpusOptions::default())?;
     eprintln!(
         "text    {}: {} from {} files",
@@ -146,14 +152,26 @@ fn documents(arguments: &Arguments) -> Result<Documents> {
     for root in &corpus.roots {
         eprintln!("        {}", root.display());
     }
-    Ok(corpus.documents)
+    std::fs::create_dir_all(out).with_context(|| format!("cannot create {}", out.display()))?;
+    let path = out.join("text.txt");
+    atomic::write_file(&path, |file| {
+        corpus.documents.iter().try_for_each(|document| {
+            file.write_all(document)?;
+            file.write_all(SEPARATOR.as_bytes())
+        })
+    })?;
+    Ok(path)
 }
 
 /// The folder asked for, or the first of `default`, `default-2`, .. that is free.
 fn folder(asked: Option<&Path>, default: &Path) -> Result<PathBuf> {
     if let Some(asked) = asked {
-        if asked.exists() && std::fs::read_dir(asked)?.next().is_some() {
-            return Err(Usage::new(format!("--out {}: the folder is not empty", asked.display())).into());
+        let refuse = |what| Usage::new(format!("--out {}: {what}", asked.display()));
+        if asked.exists() && !asked.is_dir() {
+            return Err(refuse("not a folder").into());
+        }
+        if std::fs::read_dir(asked).is_ok_and(|mut entries| entries.next().is_some()) {
+            return Err(refuse("the folder is not empty").into());
         }
         return Ok(asked.to_path_buf());
     }
@@ -161,10 +179,9 @@ fn folder(asked: Option<&Path>, default: &Path) -> Result<PathBuf> {
         1 => default.to_path_buf(),
         n => PathBuf::from(format!("{}-{n}", default.display())),
     };
-    (1..10_000)
-        .map(numbered)
-        .find(|path| !path.exists())
-        .ok_or_else(|| Usage::new("too many quickstart folders in runs/").into())
+    (1..10_000).map(numbered).find(|path| !path.exists()).ok_or_else(|| {
+        Usage::new(format!("too many runs beside {}; use --out", default.display())).into()
+    })
 }
 
 fn indented(text: &str) -> String {
@@ -179,7 +196,10 @@ struct Baselines {
 }
 
 impl Baselines {
-    fn measure(documents: &Documents, train: &[Span], validation: &Validation) -> Result<Self> {
+    fn measure(dataset: &Dataset) -> Result<Self> {
+        let Dataset::Bytes { documents, train, validation: Some(validation), .. } = dataset else {
+            return Err(Usage::new("nothing is held out (data.validation_fraction = 0)").into());
+        };
         let texts = validation.texts();
         let order2 = Order2::train(train.iter().map(|span| span.of(documents)));
         Ok(Self {

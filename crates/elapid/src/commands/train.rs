@@ -7,7 +7,8 @@ use anyhow::{Context, Result};
 use clap::Args;
 use elapid_infer::{Options, Request, Sampling, Vocabulary, generate};
 use elapid_models::LanguageModel;
-use elapid_train::config::{ProgressMode, RunConfig};
+use elapid_train::config::RunConfig;
+use elapid_train::plot::Reference;
 use elapid_train::trainer::{Hooks, Outcome, Trainer};
 use elapid_train::{Dataset, progress};
 use serde_json::json;
@@ -52,10 +53,7 @@ pub struct Arguments {
 
 /// Runs the command.
 pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
-    let mut config = RunConfig::load(&arguments.config, &arguments.overrides)?;
-    if arguments.quiet {
-        config.log.progress = ProgressMode::Quiet;
-    }
+    let config = RunConfig::load(&arguments.config, &arguments.overrides)?;
     if global.threads.is_none() && config.train.threads > 0 {
         rayon::ThreadPoolBuilder::new()
             .num_threads(config.train.threads)
@@ -63,7 +61,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
             .context("cannot start the worker threads")?;
     }
     let dataset = Dataset::open(&config)?;
-    let mut trainer = if arguments.resume && !arguments.dry_run {
+    let mut trainer = if arguments.resume {
         Trainer::resume(config, dataset, &mut |warning| eprintln!("warning: {warning}"))?
     } else {
         Trainer::start(config, dataset)?
@@ -72,19 +70,27 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
         eprint!("{}", describe(&trainer));
     }
     if arguments.dry_run {
+        if arguments.json.json {
+            print_json(&plan(&trainer))?;
+        }
         return Ok(());
     }
-    let outcome = train(&mut trainer, Vec::new())?;
+    let (done, steps) = trainer.steps();
+    let outcome = train(&mut trainer, Vec::new(), arguments.quiet)?;
     if arguments.json.json {
         print_json(&summary(&trainer, &outcome))?;
     }
     if !arguments.quiet {
-        let out = trainer.config().train.out.display().to_string();
+        let out = trainer.config().train.out.display();
         if outcome.interrupted {
-            eprintln!("stopped at step {}; go on with --resume", outcome.step);
+            eprintln!("{}", how_to_go_on(&trainer, &outcome));
+        } else if done >= steps {
+            eprintln!("nothing left to do: {} of {} steps are done", grouped(done), grouped(steps));
         } else {
             eprintln!("done: {out}");
-            eprintln!("try:  elapid generate --model {out} --prompt 'The '");
+            if trainer.dataset().is_text() {
+                eprintln!("try:  elapid generate --model {out} --prompt 'The '");
+            }
         }
     }
     Ok(())
@@ -94,19 +100,15 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
 ///
 /// # Errors
 /// Those of the run.
-pub fn train(
-    trainer: &mut Trainer,
-    references: Vec<elapid_train::plot::Reference>,
-) -> Result<Outcome> {
-    let stop = interrupt::watch()?;
-    let is_text = trainer.dataset().is_text();
-    let sample = move |model: &LanguageModel, tokens: usize| {
-        if is_text { sample_text(model, "", tokens, 0).unwrap_or_else(|e| e.to_string()) } else { String::new() }
+pub fn train(trainer: &mut Trainer, references: Vec<Reference>, quiet: bool) -> Result<Outcome> {
+    let sample = |model: &LanguageModel, tokens: usize| {
+        sample_text(model, "", tokens, 0).unwrap_or_else(|error| error.to_string())
     };
     let mut hooks = Hooks {
-        stop: Some(stop),
-        sample: is_text.then(|| Box::new(sample) as Box<dyn FnMut(&LanguageModel, usize) -> String>),
+        stop: Some(interrupt::watch()?),
+        sample: trainer.dataset().is_text().then(|| Box::new(sample) as _),
         references,
+        quiet,
     };
     Ok(trainer.run(&mut hooks)?)
 }
@@ -115,7 +117,12 @@ pub fn train(
 ///
 /// # Errors
 /// If the model is not byte-level or its output is not finite.
-pub fn sample_text(model: &LanguageModel, prompt: &str, tokens: usize, seed: u64) -> Result<String> {
+pub fn sample_text(
+    model: &LanguageModel,
+    prompt: &str,
+    tokens: usize,
+    seed: u64,
+) -> Result<String> {
     if Vocabulary::of(model.config()) != Vocabulary::Bytes {
         return Err(Usage::new("only byte-level models make text").into());
     }
@@ -128,6 +135,15 @@ pub fn sample_text(model: &LanguageModel, prompt: &str, tokens: usize, seed: u64
     };
     let generation = generate(model, &[request], &options, &mut |_| ControlFlow::Continue(()))?;
     Ok(generation.sequences.into_iter().map(|sequence| sequence.text).collect())
+}
+
+/// What to say of an interrupted run. Its stored configuration has every override in it.
+pub fn how_to_go_on(trainer: &Trainer, outcome: &Outcome) -> String {
+    format!(
+        "stopped at step {}; go on with: elapid train {} --resume",
+        grouped(outcome.step),
+        trainer.config().train.out.join("config.toml").display()
+    )
 }
 
 /// What is about to be trained, for people.
@@ -155,14 +171,41 @@ pub fn describe(trainer: &Trainer) -> String {
     table.row("data", data);
     table.row(
         "steps",
-        format!("{} of {} tokens{}", grouped(steps), grouped(per_step as u64), match done {
-            0 => String::new(),
-            done => format!(", {} done", grouped(done)),
-        }),
+        format!(
+            "{} of {} tokens{}",
+            grouped(steps),
+            grouped(per_step as u64),
+            match done {
+                0 => String::new(),
+                done => format!(", {} done", grouped(done)),
+            }
+        ),
     );
     table.row("threads", rayon::current_num_threads().to_string());
     table.row("folder", config.train.out.display().to_string());
     table.to_string()
+}
+
+/// What is about to be trained, for scripts.
+fn plan(trainer: &Trainer) -> serde_json::Value {
+    let (done, steps) = trainer.steps();
+    let config = trainer.config();
+    let (train_bytes, validation_bytes) = match trainer.dataset() {
+        Dataset::Bytes { train_bytes, validation_bytes, .. } => {
+            (Some(train_bytes), Some(validation_bytes))
+        }
+        Dataset::Synthetic(_) => (None, None),
+    };
+    json!({
+        "out": config.train.out,
+        "parameters": trainer.model().config().parameter_count(),
+        "steps": steps,
+        "steps_done": done,
+        "tokens_per_step": config.tokens_per_batch() * config.train.accumulation,
+        "train_bytes": train_bytes,
+        "validation_bytes": validation_bytes,
+        "threads": rayon::current_num_threads(),
+    })
 }
 
 fn summary(trainer: &Trainer, outcome: &Outcome) -> serde_json::Value {

@@ -45,7 +45,8 @@ impl Program {
         std::fs::write(self.path(name), content).unwrap();
     }
 
-    fn command(&self, arguments: &[&str]) -> Command {
+    /// The binary with these arguments, to be started in the folder.
+    pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_elapid"));
         command.args(arguments).current_dir(self.folder.path()).env("NO_COLOR", "1");
         command
@@ -75,7 +76,8 @@ impl Program {
 }
 
 impl Outcome {
-    fn of(output: Output) -> Self {
+    /// What a finished process said.
+    pub fn of(output: Output) -> Self {
         let outcome = Self {
             code: output.status.code().unwrap_or(-1),
             out: String::from_utf8(output.stdout).unwrap(),

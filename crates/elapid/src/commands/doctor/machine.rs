@@ -41,10 +41,15 @@ impl Machine {
     }
 }
 
-/// The name of the chosen instruction set, without the token it carries.
+/// The instruction set that was chosen, by the name that processors give it.
 fn vector_code() -> String {
     let name = format!("{:?}", elapid_ops::simd::arch());
-    name.split(['(', ' ', '{']).next().unwrap_or_default().to_owned()
+    match name.split(['(', ' ', '{']).next().unwrap_or_default() {
+        "V3" => "AVX2 with FMA".into(),
+        "V4" => "AVX-512".into(),
+        "Scalar" => "portable".into(),
+        other => other.to_owned(),
+    }
 }
 
 /// The first `key : value` line with that key.

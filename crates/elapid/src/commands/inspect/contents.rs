@@ -217,7 +217,6 @@ impl Report {
             Kind::State => "recurrent state",
             Kind::Safetensors => "safetensors file",
         };
-        table.row(&self.path, kind);
         if let Some(checkpoint) = &self.checkpoint {
             table.row("checkpoint", checkpoint);
         }
@@ -234,7 +233,7 @@ impl Report {
         if let Some(state) = &self.state {
             state.rows(&mut table);
         }
-        let mut text = table.to_string();
+        let mut text = format!("{}: {kind}\n{table}", self.path);
         for file in &self.files {
             text += "\n";
             text += &file.to_text(all_tensors, self.state.is_none());

@@ -1,0 +1,106 @@
+//! `elapid bench`: a quick run gives every figure, each positive and finite; wrong words are refused.
+
+mod program;
+
+use program::Program;
+use serde_json::Value;
+
+/// Every number under `value` with the path to it.
+fn numbers(value: &Value, path: String, found: &mut Vec<(String, f64)>) {
+    match value {
+        Value::Number(number) => found.push((path, number.as_f64().unwrap())),
+        Value::Array(items) => {
+            for (i, item) in items.iter().enumerate() {
+                numbers(item, format!("{path}[{i}]"), found);
+            }
+        }
+        Value::Object(fields) => {
+            for (name, item) in fields {
+                numbers(item, format!("{path}.{name}"), found);
+            }
+        }
+        // A float that is not finite becomes null in JSON.
+        Value::Null => found.push((path, f64::NAN)),
+        Value::Bool(_) | Value::String(_) => {}
+    }
+}
+
+fn names(report: &Value) -> Vec<&str> {
+    let figures = report["figures"].as_array().unwrap();
+    figures.iter().map(|figure| figure["name"].as_str().unwrap()).collect()
+}
+
+#[test]
+fn a_quick_run_has_every_figure() {
+    let outcome = Program::new().run(&["bench", "--quick", "--json"]);
+    for word in ["limit", "share", "selective_scan forward", "training step", "decode step"] {
+        assert!(outcome.err.contains(word), "{word} is not in {}", outcome.err);
+    }
+    let report = outcome.json();
+
+    let names = names(&report);
+    for operation in [
+        "selective_scan",
+        "causal_conv1d",
+        "rms_norm",
+        "matmul in_proj",
+        "matmul x_proj",
+        "matmul dt_proj",
+        "matmul out_proj",
+        "linear_cross_entropy",
+    ] {
+        assert!(names.contains(&format!("{operation} forward").as_str()), "{operation}: {names:?}");
+        let backward = |name: &&str| name.starts_with(operation) && name.ends_with("backward");
+        assert_eq!(names.iter().copied().filter(backward).count(), 1, "{operation}");
+    }
+    for job in ["training step", "prefill", "decode step"] {
+        assert_eq!(names.iter().filter(|&&name| name == job).count(), 1, "{job}: {names:?}");
+    }
+
+    let mut found = Vec::new();
+    for part in ["limits", "figures", "scan_scaling", "training", "inference", "seconds", "threads"]
+    {
+        assert!(!report[part].is_null(), "{part} is missing");
+        numbers(&report[part], part.into(), &mut found);
+    }
+    // Resources that a task does not use, and what only Linux tells.
+    found.retain(|(path, _)| !path.contains(".work.") && !path.ends_with(".process_peak_bytes"));
+    for (path, number) in found {
+        assert!(number.is_finite() && number > 0.0, "{path} is {number}");
+    }
+
+    let limits = report["limits"].as_array().unwrap();
+    assert_eq!(limits.len(), 3);
+    for figure in report["figures"].as_array().unwrap() {
+        assert_eq!(figure["samples"].as_array().unwrap().len(), 3, "{figure}");
+        let value = |name: &str| figure[name].as_f64().unwrap();
+        assert!((value("rate") / value("limit") / value("share") - 1.0).abs() < 1e-9, "{figure}");
+        assert!(value("share_of_floor") >= value("share") * 0.999, "{figure}");
+        let bound = figure["bound_by"].as_str().unwrap();
+        assert!(limits.iter().any(|limit| limit["limit"] == bound), "{figure}");
+    }
+    let points = report["scan_scaling"]["points"].as_array().unwrap();
+    assert!(points.windows(2).all(|p| p[1]["length"].as_u64() > p[0]["length"].as_u64()));
+    assert!(report["machine"]["cores"].as_u64().unwrap() > 0);
+}
+
+#[test]
+fn single_subjects_repeats_and_threads() {
+    let program = Program::new();
+    let call = ["bench", "decode", "prefill", "--quick", "--repeats", "2", "--threads", "1"];
+    let report = program.run(&[&call[..], &["--json"]].concat()).json();
+    assert_eq!(names(&report), ["prefill", "decode step"]);
+    assert_eq!(report["figures"][1]["samples"].as_array().unwrap().len(), 2);
+    assert_eq!(report["threads"], 1);
+    assert_eq!(report["limits"][0]["all_threads"]["threads"], 1);
+    assert!(report["training"].is_null() && report["scan_scaling"].is_null());
+    // Without --json nothing but the table, which is for people.
+    assert_eq!(program.run(&["bench", "scan", "--quick", "--repeats", "1"]).ok(), "");
+}
+
+#[test]
+fn wrong_calls() {
+    let program = Program::new();
+    program.run(&["bench", "scam"]).fails(2, &["scam", "scan"]);
+    program.run(&["bench", "--repeats", "0"]).fails(2, &["--repeats"]);
+}
