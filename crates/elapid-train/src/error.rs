@@ -82,16 +82,16 @@ pub enum Error {
     },
     /// A tensor operation failed.
     #[error(transparent)]
-    Tensor(#[from] elapid_tensor::Error),
+    Tensor(Box<elapid_tensor::Error>),
     /// The model failed.
     #[error(transparent)]
-    Model(#[from] elapid_models::Error),
+    Model(Box<elapid_models::Error>),
     /// The data failed.
     #[error(transparent)]
-    Data(#[from] elapid_data::Error),
+    Data(Box<elapid_data::Error>),
     /// A file could not be read or written.
     #[error(transparent)]
-    Format(#[from] elapid_formats::Error),
+    Format(Box<elapid_formats::Error>),
     /// A plot could not be drawn.
     #[error("cannot plot {}: {message}", path.display())]
     Plot {
@@ -100,6 +100,24 @@ pub enum Error {
         /// What is wrong.
         message: String,
     },
+}
+
+/// Errors of the other crates are boxed: this one is returned everywhere and should be small.
+macro_rules! from_boxed {
+    ($($variant:ident: $error:ty;)*) => {$(
+        impl From<$error> for Error {
+            fn from(error: $error) -> Self {
+                Self::$variant(Box::new(error))
+            }
+        }
+    )*};
+}
+
+from_boxed! {
+    Tensor: elapid_tensor::Error;
+    Model: elapid_models::Error;
+    Data: elapid_data::Error;
+    Format: elapid_formats::Error;
 }
 
 /// The result of this crate's functions.

@@ -45,7 +45,7 @@ pub enum Dataset {
         /// The part of it that is trained on.
         train: Vec<Span>,
         /// The training loader, at its beginning.
-        loader: Loader,
+        loader: Box<Loader>,
         /// The held-out windows; none if nothing is held out.
         validation: Option<Validation>,
         /// Bytes of the training part.
@@ -129,7 +129,7 @@ impl Dataset {
             seed,
             ..LoaderOptions::new(1, data.context)
         };
-        let loader = Loader::new(documents.clone(), train.clone(), options)?;
+        let loader = Box::new(Loader::new(documents.clone(), train.clone(), options)?);
         let most = config.train.validation_tokens;
         let validation = validation
             .map(|(documents, spans)| {

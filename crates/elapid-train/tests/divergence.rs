@@ -23,7 +23,7 @@ struct Diverged {
 fn diverges(config: &RunConfig) -> Diverged {
     let error = run(config).unwrap_err();
     let message = error.to_string();
-    let Error::Diverged { step, what, first_bad, last_good, .. } = error else {
+    let Error::Diverged { step, what, first_bad, last_good, .. } = *error else {
         panic!("{message}");
     };
     for part in [&format!("step {step}"), &what, &first_bad] {

@@ -113,8 +113,9 @@ fn the_first_loss_is_that_of_guessing() {
 fn clipping_scales_the_gradient_to_the_norm() {
     let mut rng = Rng::new(2, 0);
     let batch = batch(&mut rng, &[40, 9]);
-    let with =
-        |clip_norm| step(&OptimizerConfig { clip_norm, ..Default::default() }, &[batch.clone()]);
+    let with = |clip_norm| {
+        step(&OptimizerConfig { clip_norm, ..Default::default() }, std::slice::from_ref(&batch))
+    };
     let free = with(0.0);
     let norm = free.report.grad_norm;
     let clipped = with(norm / 4.0);

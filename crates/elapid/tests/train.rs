@@ -243,7 +243,7 @@ fn data_that_cannot_be_used_is_named() {
         use std::os::unix::fs::PermissionsExt;
         program.write("secret.txt", "not for you");
         let path = program.path("secret.txt");
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0)).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o000)).unwrap();
         if std::fs::read(&path).is_err() {
             with("secret.txt").fails(1, &["secret.txt", "cannot be read"]);
         } else {
@@ -251,7 +251,7 @@ fn data_that_cannot_be_used_is_named() {
         }
     }
     // Bytes that are no text are fine.
-    let bytes: Vec<u8> = (0..3000u32).map(|i| (i * i >> 3) as u8).collect();
+    let bytes: Vec<u8> = (0..3000u32).map(|i| ((i * i) >> 3) as u8).collect();
     assert!(String::from_utf8(bytes.clone()).is_err());
     program.write("bytes.bin", bytes);
     with("bytes.bin").ok();

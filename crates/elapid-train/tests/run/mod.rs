@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use elapid_tensor::rng::Rng;
 use elapid_train::config::RunConfig;
 use elapid_train::trainer::{Hooks, Outcome, Trainer};
-use elapid_train::{Dataset, Result};
+use elapid_train::{Dataset, Error};
 use serde_json::Value;
 
 /// Words in sentences, the same for the same seed.
@@ -77,12 +77,13 @@ impl Folder {
 }
 
 /// A run to its end.
-pub fn run(config: &RunConfig) -> Result<Outcome> {
-    Trainer::start(config.clone(), Dataset::open(config)?)?.run(&mut Hooks::default())
+pub fn run(config: &RunConfig) -> Result<Outcome, Box<Error>> {
+    let dataset = Dataset::open(config)?;
+    Ok(Trainer::start(config.clone(), dataset)?.run(&mut Hooks::default())?)
 }
 
 /// Goes on with a run to its end; warnings are collected.
-pub fn resume(config: &RunConfig) -> Result<(Outcome, Vec<String>)> {
+pub fn resume(config: &RunConfig) -> Result<(Outcome, Vec<String>), Box<Error>> {
     let mut warnings = Vec::new();
     let mut warn = |warning: &str| warnings.push(warning.to_string());
     let mut trainer = Trainer::resume(config.clone(), Dataset::open(config)?, &mut warn)?;
