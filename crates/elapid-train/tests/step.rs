@@ -153,9 +153,10 @@ fn a_step_that_fails_changes_nothing() {
     let mut step = |watch: &mut NormWatch| {
         let batches = std::slice::from_ref(&batch);
         train_step(&mut model, &mut optimizer, &config, watch, batches, None, 1e-3)
+            .map_err(Box::new)
     };
     let error = step(&mut watch).unwrap_err();
-    assert!(matches!(error, Error::Diverged { step: 1, .. }), "{error}");
+    assert!(matches!(*error, Error::Diverged { step: 1, .. }), "{error}");
     assert_eq!((watch.seen, watch.average), (20, 1e-6));
     // Nineteen are too few to judge by.
     let mut early = NormWatch { average: 1e-6, seen: 19 };
