@@ -97,19 +97,28 @@ impl<S: Simd, const R: usize, const V: usize, const PACKED: bool> NullaryFnOnce
         let Self { simd, tile } = self;
         let lanes = S::F32_LANES;
         let mut acc = [[simd.splat_f32s(0.0); V]; R];
-        let (mut a, mut b) = (tile.a, tile.b);
-        // Constants wherever possible, so that addresses cost no instructions of their own.
-        let (row, col) = if PACKED { (1, tile_shape::<S>().0) } else { (tile.a_row, 1) };
+        let mut b = tile.b;
+        // One pointer a row, which the compiler must not see as multiples of a stride: it would keep the
+        // stride on the stack and load it before every element. Packed rows are constants apart.
+        let rows: [*const f32; R] = core::array::from_fn(|i| {
+            if PACKED {
+                tile.a.wrapping_add(i)
+            } else {
+                core::hint::black_box(tile.a.wrapping_add(i * tile.a_row))
+            }
+        });
+        let step = if PACKED { tile_shape::<S>().0 } else { 1 };
+        let mut at = 0;
         // SAFETY: the tile's operands hold `k` terms of R rows and NR columns, the result R x cols elements
         // (the contract of `run_tile`).
         unsafe {
-            let mut term = |a: *const f32, b: *const f32| {
+            let mut term = |at: usize, b: *const f32| {
                 let mut columns = [simd.splat_f32s(0.0); V];
                 for (v, column) in columns.iter_mut().enumerate() {
                     *column = b.add(v * lanes).cast::<S::f32s>().read_unaligned();
                 }
-                for (i, row_sums) in acc.iter_mut().enumerate() {
-                    let value = simd.splat_f32s(*a.add(i * row));
+                for (row, row_sums) in rows.iter().zip(acc.iter_mut()) {
+                    let value = simd.splat_f32s(*row.add(at));
                     for (sum, column) in row_sums.iter_mut().zip(columns) {
                         *sum = simd.mul_add_e_f32s(value, column, *sum);
                     }
@@ -117,14 +126,14 @@ impl<S: Simd, const R: usize, const V: usize, const PACKED: bool> NullaryFnOnce
             };
             for _ in 0..tile.k / UNROLL {
                 for t in 0..UNROLL {
-                    term(a.add(t * col), b);
+                    term(at + t * step, b);
                     b = b.wrapping_add(tile.b_step);
                 }
-                a = a.wrapping_add(UNROLL * col);
+                at += UNROLL * step;
             }
             for _ in 0..tile.k % UNROLL {
-                term(a, b);
-                a = a.wrapping_add(col);
+                term(at, b);
+                at += step;
                 b = b.wrapping_add(tile.b_step);
             }
             if tile.cols == V * lanes {
