@@ -104,14 +104,16 @@ fn tell(trainer: &Trainer, outcome: &Outcome, baselines: &Baselines, bits: f64, 
     eprint!("{table}");
     eprintln!("\nTry next:");
     let out = out.display();
+    // As this program was called, so that the commands work when pasted.
+    let program = std::env::args().next().unwrap_or_else(|| "elapid".into());
     for (command, what) in [
-        (format!("elapid generate --model {out} --prompt 'fn main'"), "continue a text"),
-        (format!("elapid inspect {out}"), "what was saved"),
-        ("elapid quickstart --data FOLDER --steps 3000".into(), "your own text, longer"),
-        ("elapid train configs/bytes-small.toml".into(), "a run of your own"),
-        ("elapid bench".into(), "how fast this machine is"),
+        (format!("generate --model {out} --prompt 'fn main'"), "continue a text"),
+        (format!("inspect {out}"), "what was saved"),
+        ("quickstart --data FOLDER --steps 3000".into(), "your own text, longer"),
+        ("train configs/bytes-small.toml --set data.paths=FOLDER".into(), "a run of your own"),
+        ("bench".into(), "how fast this machine is"),
     ] {
-        eprintln!("  {command:<52} {what}");
+        eprintln!("  {program} {command:<56} {what}");
     }
 }
 
