@@ -106,7 +106,7 @@ impl Sampler {
         Ok(Self { sampling: sampling.clone(), vocabulary, candidates: Vec::new() })
     }
 
-    /// The token that follows `history`, from its `logits` [V]; `id` and `position` key the draw.
+    /// The token that follows `history`, from its `logits` `[V]`; `id` and `position` key the draw.
     ///
     /// # Errors
     /// [`Error::Logits`] if a logit is NaN or plus infinity, or none is above minus infinity.
