@@ -95,7 +95,6 @@ fn what_transformers_reads_is_what_it_would_write() {
         "eos_token_id",
         "pad_token_id",
         "initializer_range",
-        "rescale_prenorm_residual",
         "transformers_version",
         "use_associative_scan",
         "use_mambapy",

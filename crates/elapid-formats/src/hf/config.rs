@@ -121,7 +121,8 @@ pub fn config_to_json(config: &MambaConfig, dtype: DType) -> Value {
         "use_bias": config.bias,
         "layer_norm_epsilon": config.norm_eps,
         "residual_in_fp32": config.residual_in_fp32,
-        "rescale_prenorm_residual": true,
+        // transformers divides the out_proj of a model that it loads by sqrt(layers) if this is true.
+        "rescale_prenorm_residual": false,
         "initializer_range": 0.02,
         "tie_word_embeddings": config.tie_embeddings,
         "use_cache": true,
