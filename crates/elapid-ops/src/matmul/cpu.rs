@@ -24,6 +24,16 @@ const THIN: usize = 64;
 /// Least multiply-adds of one task.
 const TASK_WORK: usize = 1 << 18;
 
+/// Cost of an element of the left operand read in place: a pass over the caches.
+const LEFT_IN_PLACE: f64 = 0.2;
+/// Cost of an element packed by whole vectors.
+const PACK_PANELS: f64 = 0.4;
+/// Cost of an element packed by transposing or in short runs.
+const PACK: f64 = 1.0;
+
+/// A division into fewer rows must cost less than this part of that into most rows.
+const CLEARLY: f64 = 0.97;
+
 /// A strided matrix over a slice: element (i, j) is `data[i * row_stride + j * col_stride]`.
 #[derive(Debug, Clone, Copy)]
 pub struct Matrix<'a> {
@@ -175,7 +185,7 @@ fn run(out: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, add: bool) {
         rectangle(output, a, b, [m, n, k], add);
         return;
     }
-    let (row_step, col_step) = division(m, n, k, threads);
+    let (row_step, col_step) = division([m, n, k], a, b, threads);
     let (row_tasks, col_tasks) = (m.div_ceil(row_step), n.div_ceil(col_step));
     (0..row_tasks * col_tasks).into_par_iter().with_max_len(1).for_each(|task| {
         let (i, j) = (task / col_tasks * row_step, task % col_tasks * col_step);
@@ -188,15 +198,30 @@ fn run(out: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, add: bool) {
     });
 }
 
-/// Rows and columns of one task: about four tasks a thread, rows first (each task packs its own part of the
-/// right operand, which pays from some dozens of rows on), then columns.
-fn division(m: usize, n: usize, k: usize, threads: usize) -> (usize, usize) {
+/// Rows and columns of one task, about four tasks a thread. Each task packs its own part of the operands, so of
+/// all divisions the one is taken whose longest thread has least to do by a rough count of cycles: a task of few
+/// rows packs much of the right operand for little work, one of few columns passes over much of the left one.
+fn division([m, n, k]: [usize; 3], a: Operand, b: Operand, threads: usize) -> (usize, usize) {
+    // Per element, in units of sixteen multiply-adds.
+    let left = if a.col == 1 { LEFT_IN_PLACE } else { PACK };
+    let right = if b.col == 1 { PACK_PANELS } else { PACK };
     let tasks = (m * n * k / TASK_WORK).clamp(1, threads * 4);
-    let row_tasks = tasks.min(m.div_ceil(MC)).max(1);
-    let row_step = m.div_ceil(row_tasks).next_multiple_of(MAX_MR).min(m.max(1));
-    let col_tasks = tasks.div_ceil(row_tasks).min(n.div_ceil(MAX_NR)).max(1);
-    let col_step = n.div_ceil(col_tasks).next_multiple_of(MAX_NR).min(n.max(1));
-    (row_step, col_step)
+    let division = |row_tasks: usize| {
+        let col_tasks = tasks.div_ceil(row_tasks);
+        let row_step = m.div_ceil(row_tasks).next_multiple_of(MAX_MR).min(m.max(1));
+        let col_step = n.div_ceil(col_tasks).next_multiple_of(MAX_NR).min(n.max(1));
+        (row_step, col_step)
+    };
+    let cost = |&(row_step, col_step): &(usize, usize)| {
+        let rounds = (m.div_ceil(row_step) * n.div_ceil(col_step)).div_ceil(threads);
+        let work = (row_step * col_step) as f64 / 16.0;
+        rounds as f64 * (work + left * row_step as f64 + right * col_step as f64)
+    };
+    // Whole rows unless something else is clearly better: they write the result in the longest runs.
+    let most_rows = tasks.min(m.div_ceil(MC)).max(1);
+    let rows = division(most_rows);
+    let best = (1..most_rows).map(division).min_by(|x, y| cost(x).total_cmp(&cost(y)));
+    best.filter(|best| cost(best) < CLEARLY * cost(&rows)).unwrap_or(rows)
 }
 
 fn rectangle(c: Output, a: Operand, b: Operand, [m, n, k]: [usize; 3], add: bool) {

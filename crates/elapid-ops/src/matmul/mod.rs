@@ -15,6 +15,7 @@ mod tests;
 mod transpose;
 
 pub use cpu::{Matrix, batched_gemm, gemm, gemm_add};
+pub(crate) use transpose::transpose_block;
 
 use crate::reduce::sum_to_shape;
 use elapid_tensor::autograd::{Backward, Saved, record_one};

@@ -10,7 +10,7 @@
 /// # Safety
 /// All addressed elements of both blocks must lie inside their allocations, and the blocks must not overlap.
 #[inline(always)]
-pub(super) unsafe fn transpose_block(
+pub(crate) unsafe fn transpose_block(
     src: *const f32,
     src_stride: usize,
     rows: usize,

@@ -13,13 +13,13 @@ use pulp::{Simd, WithSimd};
 
 use super::arguments::{Arguments, Projection};
 use super::field::Field;
-use super::forward::{scale_rates, stage};
+use super::forward::scale_rates;
 use super::scratch::{Scratch, Shared, padded};
 use super::sweep::{recompute, reverse};
 use super::tile::{
-    CHUNK, Coefficients, Tile, gather, load_channels, load_row, scatter, store_channels,
+    CHUNK, Coefficients, Tile, gather, load_channels, scatter, scatter_wide, steps_stride,
 };
-use crate::simd::{DECAY_RANGE, load, silu_with_derivative, softplus_derivative, store};
+use crate::simd::{DECAY_RANGE, load, store};
 
 /// A stretch of a sequence that is swept in one go.
 #[derive(Debug, Clone, Copy)]
@@ -81,32 +81,34 @@ pub(super) struct BackwardUnit<'a, F> {
 const BLOCK: usize = 4;
 
 /// Scratch of one partition; rows are `[vector][step][lane]`, matrices `[vector][n][part][lane]`.
-struct Work<'a> {
-    rates: &'a mut [f32],
-    scaled_rates: &'a mut [f32],
-    b: &'a mut [f32],
-    c: &'a mut [f32],
-    carry: &'a mut [f32],
-    da: &'a mut [f64],
-    db: &'a mut [f64],
-    dc: &'a mut [f64],
-    dd: &'a mut [f64],
-    dbias: &'a mut [f64],
-    delta: &'a mut [f32],
-    delta_u: &'a mut [f32],
-    dy: &'a mut [f32],
+pub(super) struct Work<'a> {
+    pub rates: &'a mut [f32],
+    pub scaled_rates: &'a mut [f32],
+    pub b: &'a mut [f32],
+    pub c: &'a mut [f32],
+    pub carry: &'a mut [f32],
+    pub da: &'a mut [f64],
+    pub db: &'a mut [f64],
+    pub dc: &'a mut [f64],
+    pub dd: &'a mut [f64],
+    pub dbias: &'a mut [f64],
+    pub delta: &'a mut [f32],
+    pub delta_u: &'a mut [f32],
+    pub dy: &'a mut [f32],
     /// Σ_n Re(B* G)
-    by_input: &'a mut [f32],
+    pub by_input: &'a mut [f32],
     /// Σ_n Re((A w)* G)
-    by_decay: &'a mut [f32],
-    y: &'a mut [f32],
+    pub by_decay: &'a mut [f32],
+    pub y: &'a mut [f32],
     /// dout silu'(z)
-    gate: &'a mut [f32],
-    states: &'a mut [f32],
-    decays: &'a mut [f32],
-    sum_b: &'a mut [f32],
-    sum_c: &'a mut [f32],
-    sums: &'a mut [f32],
+    pub gate: &'a mut [f32],
+    /// softplus'(δ + bias)
+    pub slope: &'a mut [f32],
+    pub states: &'a mut [f32],
+    pub decays: &'a mut [f32],
+    pub sum_b: &'a mut [f32],
+    pub sum_c: &'a mut [f32],
+    pub sums: &'a mut [f32],
 }
 
 impl<F: Field> WithSimd for BackwardUnit<'_, F> {
@@ -118,7 +120,7 @@ impl<F: Field> WithSimd for BackwardUnit<'_, F> {
         let vectors = self.tile.vectors::<S>();
         let matrix = vectors * self.x.states * F::PARTS * lanes;
         let steps = self.pieces.iter().map(|piece| piece.len).max().unwrap_or(0).min(CHUNK);
-        let rows = vectors * steps * lanes;
+        let rows = vectors * steps_stride::<S>(steps);
         let block = steps * BLOCK * F::PARTS * lanes;
         let width = vectors * lanes;
         let b = if self.x.b.is_constant() { matrix } else { 0 };
@@ -130,7 +132,7 @@ impl<F: Field> WithSimd for BackwardUnit<'_, F> {
             + padded(2 * b)
             + padded(2 * c)
             + 2 * padded(2 * width)
-            + 7 * padded(rows)
+            + 8 * padded(rows)
             + 4 * padded(block + BLOCK * F::PARTS * lanes)
             + 3 * padded(width);
         let mut scratch = Scratch::take();
@@ -153,6 +155,7 @@ impl<F: Field> WithSimd for BackwardUnit<'_, F> {
             by_decay: parts.take(rows),
             y: parts.take(rows),
             gate: parts.take(rows),
+            slope: parts.take(rows),
             states: parts.take(block + BLOCK * F::PARTS * lanes),
             decays: parts.take(block),
             sum_b: parts.take(block),
@@ -200,16 +203,19 @@ impl<F: Field> BackwardUnit<'_, F> {
                 self.finish(simd, work, start, steps);
             }
             if let Some(row) = piece.before {
-                self.put::<S, f32>(simd, work.carry, &target.before, row);
+                let begin = (row * x.channels + tile.first) * x.states * F::PARTS;
+                // SAFETY: partitions are disjoint in channels, pieces have rows of their own.
+                let before = unsafe { target.before.part(begin, tile.width * x.states * F::PARTS) };
+                scatter::<S, F>(simd, tile, x.states, work.carry, before);
             }
         }
 
-        self.put::<S, f64>(simd, work.da, &target.da, self.run);
+        self.put::<S>(simd, work.da, &target.da, self.run);
         if let ProjectionGradient::Constant(db) = &target.db {
-            self.put::<S, f64>(simd, work.db, db, self.run);
+            self.put::<S>(simd, work.db, db, self.run);
         }
         if let ProjectionGradient::Constant(dc) = &target.dc {
-            self.put::<S, f64>(simd, work.dc, dc, self.run);
+            self.put::<S>(simd, work.dc, dc, self.run);
         }
         let row = self.run * x.channels + tile.first;
         // SAFETY: partitions are disjoint in channels and runs in rows.
@@ -219,55 +225,14 @@ impl<F: Field> BackwardUnit<'_, F> {
         dbias.copy_from_slice(&work.dbias[..tile.width]);
     }
 
-    /// Writes a matrix of the partition to row `row` of `[rows, E, N]`.
+    /// Writes sums of the partition to row `row` of `[rows, E, N]`.
     #[inline(always)]
-    fn put<S: Simd, T: Copy>(&self, simd: S, from: &[T], to: &Shared<T>, row: usize) {
+    fn put<S: Simd>(&self, simd: S, from: &[f64], to: &Shared<f64>, row: usize) {
         let numbers = self.x.states * F::PARTS;
         let begin = (row * self.x.channels + self.tile.first) * numbers;
-        // SAFETY: partitions are disjoint in channels; runs and pieces have rows of their own.
+        // SAFETY: partitions are disjoint in channels, runs have rows of their own.
         let to = unsafe { to.part(begin, self.tile.width * numbers) };
-        scatter::<S, F, T>(simd, &self.tile, self.x.states, from, to);
-    }
-
-    /// Δ, Δu, the gradient before the gate and empty sums for a chunk; returns the largest |Δ|.
-    #[inline(always)]
-    fn prepare<S: Simd>(&self, simd: S, work: &mut Work<'_>, start: usize, steps: usize) -> f32 {
-        let (x, tile) = (self.x, &self.tile);
-        let rows = tile.vectors::<S>() * steps * S::F32_LANES;
-        let width = tile.vectors::<S>() * S::F32_LANES;
-        let (delta, delta_u) = (&mut work.delta[..rows], &mut work.delta_u[..rows]);
-        work.sums[..3 * width].fill(0.0);
-        let most = stage::<S>(
-            simd,
-            x,
-            tile,
-            start,
-            steps,
-            delta,
-            delta_u,
-            &mut work.sums[2 * width..3 * width],
-        );
-        for i in 0..steps {
-            for v in 0..tile.vectors::<S>() {
-                let (first, count) = tile.span::<S>(v);
-                let at = (v * steps + i) * S::F32_LANES;
-                let mut dy = load_row(simd, &self.target.dy, start + i, first, count);
-                if let Some(z) = &x.z {
-                    let z = load_row(simd, z, start + i, first, count);
-                    let (gate, slope) = silu_with_derivative(simd, z);
-                    store(simd, &mut work.gate[at..], simd.mul_f32s(dy, slope));
-                    dy = simd.mul_f32s(dy, gate);
-                }
-                if F::PARTS == 2 {
-                    dy = simd.mul_f32s(dy, simd.splat_f32s(F::OUTPUT));
-                }
-                store(simd, &mut work.dy[at..], dy);
-            }
-        }
-        work.by_input[..rows].fill(0.0);
-        work.by_decay[..rows].fill(0.0);
-        work.y[..rows].fill(0.0);
-        most
+        scatter_wide::<S, F>(simd, &self.tile, self.x.states, from, to);
     }
 
     /// All blocks of states over a chunk.
@@ -314,7 +279,8 @@ impl<F: Field> BackwardUnit<'_, F> {
             let (first, count) = tile.span::<S>(v);
             let at = v * numbers * lanes;
             let part = at + n * size..at + (n + NB) * size;
-            let rows = v * steps * lanes..(v + 1) * steps * lanes;
+            let first_step = v * steps_stride::<S>(steps);
+            let rows = first_step..first_step + steps * lanes;
             let place = (tile.group, x.states);
             let b = if x.b.is_constant() { &work.b[at..at + numbers * lanes] } else { &[] };
             let c = if x.c.is_constant() { &work.c[at..at + numbers * lanes] } else { &[] };
@@ -397,74 +363,11 @@ impl<F: Field> BackwardUnit<'_, F> {
             }
         }
     }
-
-    /// Gradients of u, δ and z of a chunk, and the sums for D and the bias.
-    #[inline(always)]
-    fn finish<S: Simd>(&self, simd: S, work: &mut Work<'_>, start: usize, steps: usize) {
-        let (x, tile, target) = (self.x, &self.tile, self.target);
-        let lanes = S::F32_LANES;
-        let width = tile.vectors::<S>() * lanes;
-        let (sum_d, sum_bias) = work.sums.split_at_mut(width);
-        for i in 0..steps {
-            let t = start + i;
-            for v in 0..tile.vectors::<S>() {
-                let (first, count) = tile.span::<S>(v);
-                let at = (v * steps + i) * lanes;
-                let u = load_row(simd, &x.u, t, first, count);
-                let delta = load(simd, &work.delta[at..]);
-                let by_input = load(simd, &work.by_input[at..]);
-                let by_decay = load(simd, &work.by_decay[at..]);
-                let mut dy = load(simd, &work.dy[at..]);
-                if F::PARTS == 2 {
-                    dy = simd.mul_f32s(dy, simd.splat_f32s(1.0 / F::OUTPUT));
-                }
-                let skip = x.d.map(|d| load_channels(simd, d, first, count));
-
-                let mut du = simd.mul_f32s(delta, by_input);
-                if let Some(skip) = skip {
-                    du = simd.mul_add_e_f32s(skip, dy, du);
-                    let sum = load(simd, &sum_d[v * lanes..]);
-                    store(simd, &mut sum_d[v * lanes..], simd.mul_add_e_f32s(dy, u, sum));
-                }
-                let mut ddelta = simd.mul_add_e_f32s(u, by_input, by_decay);
-                if x.delta_softplus {
-                    let mut before = load_row(simd, &x.delta, t, first, count);
-                    if let Some(bias) = x.delta_bias {
-                        before = simd.add_f32s(before, load_channels(simd, bias, first, count));
-                    }
-                    ddelta = simd.mul_f32s(ddelta, softplus_derivative(simd, before));
-                }
-                let sum = load(simd, &sum_bias[v * lanes..]);
-                store(simd, &mut sum_bias[v * lanes..], simd.add_f32s(sum, ddelta));
-
-                let row = t * x.channels + first;
-                // SAFETY: partitions are disjoint in channels and pieces in tokens.
-                let (du_row, ddelta_row) =
-                    unsafe { (target.du.part(row, count), target.ddelta.part(row, count)) };
-                store_channels(simd, du_row, count, du);
-                store_channels(simd, ddelta_row, count, ddelta);
-                if x.z.is_some() {
-                    let mut y = load(simd, &work.y[at..]);
-                    if F::PARTS == 2 {
-                        y = simd.mul_f32s(y, simd.splat_f32s(F::OUTPUT));
-                    }
-                    if let Some(skip) = skip {
-                        y = simd.mul_add_e_f32s(skip, u, y);
-                    }
-                    let dz = simd.mul_f32s(y, load(simd, &work.gate[at..]));
-                    // SAFETY: as above.
-                    store_channels(simd, unsafe { target.dz.part(row, count) }, count, dz);
-                }
-            }
-        }
-        add_wide(work.dd, sum_d);
-        add_wide(work.dbias, &sum_bias[..width]);
-    }
 }
 
 /// `sum += term` in f64.
 #[inline(always)]
-fn add_wide(sum: &mut [f64], term: &[f32]) {
+pub(super) fn add_wide(sum: &mut [f64], term: &[f32]) {
     for (sum, &term) in sum.iter_mut().zip(term) {
         *sum += f64::from(term);
     }

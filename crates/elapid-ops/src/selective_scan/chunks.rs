@@ -15,9 +15,10 @@ use pulp::{Simd, WithSimd};
 
 use super::arguments::{Arguments, Projection};
 use super::field::Field;
-use super::forward::{scale_rates, stage};
+use super::forward::scale_rates;
 use super::scratch::{Scratch, Shared, padded};
-use super::tile::{CHUNK, Coefficients, Tile, gather, load_row, scatter};
+use super::stage::stage;
+use super::tile::{CHUNK, Coefficients, Tile, gather, load_vectors, scatter, steps_stride};
 use crate::simd::{decay_constants, load, silu, store};
 
 /// Tokens of a segment, a whole number of chunks.
@@ -90,7 +91,7 @@ impl<F: Field> WithSimd for GradientUnit<'_, F> {
         let vectors = tile.vectors::<S>();
         let numbers = x.states * F::PARTS;
         let matrix = vectors * numbers * lanes;
-        let rows = vectors * CHUNK * lanes;
+        let rows = vectors * steps_stride::<S>(CHUNK);
         let mut scratch = Scratch::take();
         let mut parts =
             scratch.parts(3 * padded(matrix) + 3 * padded(rows) + padded(vectors * lanes));
@@ -117,20 +118,20 @@ impl<F: Field> WithSimd for GradientUnit<'_, F> {
                 rest => rest,
             };
             end -= steps;
-            let delta = &mut delta[..vectors * steps * lanes];
-            stage::<S>(simd, x, tile, end, steps, delta, &mut *delta_u, delta_sum);
+            let stride = steps_stride::<S>(steps);
+            let staged = (&mut *delta, &mut *delta_u, &mut [][..]);
+            stage::<S, false>(simd, x, tile, end, steps, staged, delta_sum);
             for i in 0..steps {
                 for v in 0..vectors {
-                    let (first, count) = tile.span::<S>(v);
-                    let mut value = load_row(simd, &self.dy, end + i, first, count);
+                    let [mut value] = load_vectors(simd, tile.row(&self.dy, end + i), v);
                     if let Some(z) = &x.z {
-                        let gate = silu(simd, load_row(simd, z, end + i, first, count));
-                        value = simd.mul_f32s(value, gate);
+                        let [z] = load_vectors(simd, tile.row(z, end + i), v);
+                        value = simd.mul_f32s(value, silu(simd, z));
                     }
                     if F::PARTS == 2 {
                         value = simd.mul_f32s(value, simd.splat_f32s(F::OUTPUT));
                     }
-                    store(simd, &mut dy[(v * steps + i) * lanes..], value);
+                    store(simd, &mut dy[v * stride + i * lanes..], value);
                 }
             }
             for v in 0..vectors {
@@ -141,7 +142,7 @@ impl<F: Field> WithSimd for GradientUnit<'_, F> {
                     let place = (tile.group, x.states);
                     let c = Coefficients::new::<S, F>(&x.c, c, end, steps, place, (n, 1));
                     let (rates, carry) = (&rates[at..], &mut carry[at..at + F::PARTS * lanes]);
-                    let rows = v * steps * lanes..(v + 1) * steps * lanes;
+                    let rows = v * stride..v * stride + steps * lanes;
                     gradient_row::<S, F>(simd, &delta[rows.clone()], &dy[rows], rates, c, carry);
                 }
             }
@@ -150,7 +151,7 @@ impl<F: Field> WithSimd for GradientUnit<'_, F> {
         let begin = (self.row * x.channels + tile.first) * numbers;
         // SAFETY: tiles are disjoint in channels and segments in rows.
         let before = unsafe { self.before.part(begin, tile.width * numbers) };
-        scatter::<S, F, f32>(simd, tile, x.states, carry, before);
+        scatter::<S, F>(simd, tile, x.states, carry, before);
         // SAFETY: as above.
         let sums = unsafe { self.delta_sums.part(self.row * x.channels + tile.first, tile.width) };
         sums.copy_from_slice(&delta_sum[..tile.width]);

@@ -137,7 +137,7 @@ fn run_forward<F: Field>(
 
     let list = all_segments(x);
     let parallel = is_parallel(x);
-    let tiles = forward_tiles(x, list.len());
+    let tiles = forward_tiles(x, &list);
     let begin = |segment: &Segment| {
         x.h0.filter(|_| segment.first && segment.continued).map(|h0| row(x, h0, segment.slot))
     };
@@ -208,10 +208,16 @@ fn for_each_sequence(list: &[Segment], mut f: impl FnMut(Range<usize>)) {
     }
 }
 
-/// Forward tiles, narrower where there would be too few to keep all threads busy.
-fn forward_tiles(x: &Arguments<'_, f32>, pieces: usize) -> Tiles {
-    let wanted = 4 * rayon::current_num_threads();
-    let width = (x.channels * pieces / wanted).next_multiple_of(NARROW_TILE);
+/// Forward tiles: as wide as they may be while the longest piece does not hold up all other threads. Narrow
+/// tiles read memory in short runs far apart, which costs more than an uneven division of the work.
+fn forward_tiles(x: &Arguments<'_, f32>, list: &[Segment]) -> Tiles {
+    let longest = list.iter().map(|segment| segment.tokens.len()).max().unwrap_or(0);
+    let width = if is_parallel(x) && longest > 0 {
+        let share = x.sequences.tokens().div_ceil(rayon::current_num_threads());
+        (x.channels * share / longest).next_multiple_of(NARROW_TILE)
+    } else {
+        TILE
+    };
     Tiles::new(x.channels, x.groups(), width.clamp(NARROW_TILE, TILE))
 }
 

@@ -12,11 +12,12 @@ use pulp::{Simd, WithSimd};
 use super::arguments::{Arguments, Projection};
 use super::field::Field;
 use super::scratch::{Parts, Scratch, Shared, padded};
+use super::stage::stage;
 use super::tile::{
-    CHUNK, Coefficients, Tile, gather, largest, load_channels, load_row, raise, scatter,
-    store_channels,
+    CHUNK, Coefficients, TOGETHER, Tile, gather, largest, load_step, load_vectors, raise, scatter,
+    steps_stride, store_vectors,
 };
-use crate::simd::{DECAY_RANGE, decay_constants, load, silu, softplus, store};
+use crate::simd::{DECAY_RANGE, decay_constants, silu_each};
 
 /// A stretch of a sequence that is scanned in one go.
 #[derive(Debug, Clone, Copy)]
@@ -54,8 +55,10 @@ pub(super) struct ForwardUnit<'a, F> {
     pub field: PhantomData<F>,
 }
 
-/// States kept in registers by a block: what AVX2's sixteen registers hold beside the temporaries.
-const BLOCK: usize = 8;
+/// States kept in registers by a block: what sixteen registers hold beside the temporaries.
+const BLOCK: usize = 4;
+/// The same where there are thirty-two registers (AVX-512).
+const WIDE_BLOCK: usize = 8;
 /// States of a block whose decays are computed together.
 const GROUP: usize = 4;
 
@@ -67,7 +70,8 @@ impl<F: Field> WithSimd for ForwardUnit<'_, F> {
         let lanes = S::F32_LANES;
         let numbers = self.x.states * F::PARTS;
         let matrix = padded(self.tile.vectors::<S>() * numbers * lanes);
-        let rows = padded(self.tile.vectors::<S>() * CHUNK.min(self.piece.len) * lanes);
+        let steps = CHUNK.min(self.piece.len);
+        let rows = padded(self.tile.vectors::<S>() * steps_stride::<S>(steps));
         let width = padded(self.tile.vectors::<S>() * lanes);
         let mut scratch = Scratch::take();
         self.run(simd, &mut scratch.parts(4 * matrix + 3 * rows + width));
@@ -81,15 +85,15 @@ impl<F: Field> ForwardUnit<'_, F> {
         let (lanes, vectors) = (S::F32_LANES, tile.vectors::<S>());
         let numbers = x.states * F::PARTS;
         let matrix = vectors * numbers * lanes;
-        let capacity = CHUNK.min(piece.len);
+        let capacity = vectors * steps_stride::<S>(CHUNK.min(piece.len));
 
         let a = scratch.take(matrix);
         let h = scratch.take(matrix);
         let b = scratch.take(if x.b.is_constant() { matrix } else { 0 });
         let c = scratch.take(if x.c.is_constant() { matrix } else { 0 });
-        let delta = scratch.take(vectors * capacity * lanes);
-        let delta_u = scratch.take(vectors * capacity * lanes);
-        let y = scratch.take(vectors * capacity * lanes);
+        let delta = scratch.take(capacity);
+        let delta_u = scratch.take(capacity);
+        let y = scratch.take(capacity);
         let delta_sum = scratch.take(vectors * lanes);
 
         gather::<S, F>(simd, &tile, x.states, x.a, a);
@@ -114,14 +118,14 @@ impl<F: Field> ForwardUnit<'_, F> {
                 let chunk = piece.first_chunk + done / CHUNK;
                 save_chunk::<S, F>(simd, &saved, chunk, x, &tile, h);
             }
-            let rows = vectors * steps * lanes;
-            let (delta, delta_u) = (&mut delta[..rows], &mut delta_u[..rows]);
-            let y = &mut y[..rows];
-            let most = stage::<S>(simd, x, &tile, start, steps, delta, delta_u, delta_sum);
+            let stride = steps_stride::<S>(steps);
+            let y = &mut y[..vectors * stride];
+            let staged = (&mut *delta, &mut *delta_u, &mut [][..]);
+            let most = stage::<S, false>(simd, x, &tile, start, steps, staged, delta_sum);
             y.fill(0.0);
             let in_range = most * largest_rate < DECAY_RANGE;
             for v in 0..vectors {
-                let rows = v * steps * lanes..(v + 1) * steps * lanes;
+                let rows = v * stride..v * stride + steps * lanes;
                 let part = v * numbers * lanes..(v + 1) * numbers * lanes;
                 let rows = (&delta[rows.clone()], &delta_u[rows.clone()], &mut y[rows]);
                 let (a, h) = (&a[part.clone()], &mut h[part.clone()]);
@@ -145,7 +149,7 @@ impl<F: Field> ForwardUnit<'_, F> {
             let begin = (row * x.channels + tile.first) * numbers;
             // SAFETY: tiles are disjoint in channels and pieces in rows.
             let last = unsafe { output.last.part(begin, tile.width * numbers) };
-            scatter::<S, F, f32>(simd, &tile, x.states, h, last);
+            scatter::<S, F>(simd, &tile, x.states, h, last);
             if let Some(sums) = output.delta_sums {
                 // SAFETY: as above.
                 let sums = unsafe { sums.part(row * x.channels + tile.first, tile.width) };
@@ -191,50 +195,6 @@ fn save_chunk<S: Simd, F: Field>(
     }
 }
 
-/// Δ and Δu of `steps` steps as `[vector][step][lane]`, Δ added to `sum`; returns the largest |Δ|.
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-pub(super) fn stage<S: Simd>(
-    simd: S,
-    x: &Arguments<'_, f32>,
-    tile: &Tile,
-    start: usize,
-    steps: usize,
-    delta: &mut [f32],
-    delta_u: &mut [f32],
-    sum: &mut [f32],
-) -> f32 {
-    let mut most = simd.splat_u32s(0);
-    // Step by step over the whole tile, so that memory is read in long runs.
-    for i in 0..steps {
-        for v in 0..tile.vectors::<S>() {
-            let (first, count) = tile.span::<S>(v);
-            let mut step = load_row(simd, &x.delta, start + i, first, count);
-            if let Some(bias) = x.delta_bias {
-                step = simd.add_f32s(step, load_channels(simd, bias, first, count));
-            }
-            if x.delta_softplus {
-                step = softplus(simd, step);
-            }
-            most = raise(simd, most, step);
-            let at = (v * steps + i) * S::F32_LANES;
-            let u = load_row(simd, &x.u, start + i, first, count);
-            store(simd, &mut delta[at..], step);
-            store(simd, &mut delta_u[at..], simd.mul_f32s(step, u));
-        }
-    }
-    for (v, sum) in sum.chunks_exact_mut(S::F32_LANES).enumerate() {
-        let rows = &delta[v * steps * S::F32_LANES..][..steps * S::F32_LANES];
-        let mut total = simd.splat_f32s(0.0);
-        for &step in S::as_simd_f32s(rows).0 {
-            total = simd.add_f32s(total, step);
-        }
-        let before = load(simd, sum);
-        store(simd, sum, simd.add_f32s(before, total));
-    }
-    largest(simd, most)
-}
-
 /// All blocks of states of one vector over a chunk.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
@@ -254,16 +214,24 @@ fn blocks<S: Simd, F: Field, const CLAMP: bool, const TOKEN: bool>(
     let steps = delta.len() / S::F32_LANES;
     let mut n = 0;
     while n < x.states {
-        let block = if x.states - n >= BLOCK { BLOCK } else { 1 };
+        let block = match x.states - n {
+            WIDE_BLOCK.. if S::F32_LANES == 16 => WIDE_BLOCK,
+            BLOCK.. => BLOCK,
+            _ => 1,
+        };
         let place = (group, x.states);
         let b = Coefficients::new::<S, F>(&x.b, b, start, steps, place, (n, block));
         let c = Coefficients::new::<S, F>(&x.c, c, start, steps, place, (n, block));
         let a = &a[n * size..(n + block) * size];
         let h = &mut h[n * size..(n + block) * size];
-        if block == BLOCK {
-            scan_block::<S, F, BLOCK, GROUP, CLAMP, TOKEN>(simd, delta, delta_u, y, a, h, b, c);
-        } else {
-            scan_block::<S, F, 1, 1, CLAMP, TOKEN>(simd, delta, delta_u, y, a, h, b, c);
+        match block {
+            WIDE_BLOCK => scan_block::<S, F, WIDE_BLOCK, GROUP, CLAMP, TOKEN>(
+                simd, delta, delta_u, y, a, h, b, c,
+            ),
+            BLOCK => {
+                scan_block::<S, F, BLOCK, GROUP, CLAMP, TOKEN>(simd, delta, delta_u, y, a, h, b, c);
+            }
+            _ => scan_block::<S, F, 1, 1, CLAMP, TOKEN>(simd, delta, delta_u, y, a, h, b, c),
         }
         n += block;
     }
@@ -340,24 +308,59 @@ fn finish<S: Simd, F: Field>(
     sums: &[f32],
     out: &Shared<f32>,
 ) {
+    let stride = steps_stride::<S>(steps);
     for i in 0..steps {
         let t = start + i;
-        for v in 0..tile.vectors::<S>() {
-            let (first, count) = tile.span::<S>(v);
-            let mut y = load(simd, &sums[(v * steps + i) * S::F32_LANES..]);
-            if F::PARTS == 2 {
-                y = simd.mul_f32s(y, simd.splat_f32s(F::OUTPUT));
+        if let Some(z) = &x.z {
+            tile.prefetch(z, t);
+        }
+        // SAFETY: tiles are disjoint in channels and pieces in tokens.
+        let row = unsafe { out.part(t * x.channels + tile.first, tile.width) };
+        let mut v = 0;
+        while v < tile.vectors::<S>() {
+            let at = (v * stride + i * S::F32_LANES, stride);
+            if tile.is_full::<S>(v, TOGETHER) {
+                finish_vectors::<S, F, TOGETHER>(simd, x, tile, t, v, at, sums, row);
+                v += TOGETHER;
+            } else {
+                finish_vectors::<S, F, 1>(simd, x, tile, t, v, at, sums, row);
+                v += 1;
             }
-            if let Some(d) = x.d {
-                let u = load_row(simd, &x.u, t, first, count);
-                y = simd.mul_add_e_f32s(load_channels(simd, d, first, count), u, y);
-            }
-            if let Some(z) = &x.z {
-                y = simd.mul_f32s(y, silu(simd, load_row(simd, z, t, first, count)));
-            }
-            // SAFETY: tiles are disjoint in channels and pieces in tokens.
-            let row = unsafe { out.part(t * x.channels + first, count) };
-            store_channels(simd, row, count, y);
         }
     }
+}
+
+/// [`finish`] for vectors `v..v + K` of token `t`.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn finish_vectors<S: Simd, F: Field, const K: usize>(
+    simd: S,
+    x: &Arguments<'_, f32>,
+    tile: &Tile,
+    t: usize,
+    v: usize,
+    (at, stride): (usize, usize),
+    sums: &[f32],
+    out: &mut [f32],
+) {
+    let mut y = load_step::<S, K>(simd, sums, at, stride);
+    if F::PARTS == 2 {
+        for y in &mut y {
+            *y = simd.mul_f32s(*y, simd.splat_f32s(F::OUTPUT));
+        }
+    }
+    if let Some(d) = x.d {
+        let d = load_vectors::<S, K>(simd, tile.part(d), v);
+        let u = load_vectors::<S, K>(simd, tile.row(&x.u, t), v);
+        for ((y, d), u) in y.iter_mut().zip(d).zip(u) {
+            *y = simd.mul_add_e_f32s(d, u, *y);
+        }
+    }
+    if let Some(z) = &x.z {
+        let gate = silu_each(simd, load_vectors::<S, K>(simd, tile.row(z, t), v));
+        for (y, gate) in y.iter_mut().zip(gate) {
+            *y = simd.mul_f32s(*y, gate);
+        }
+    }
+    store_vectors(simd, out, v, y);
 }

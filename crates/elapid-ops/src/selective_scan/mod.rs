@@ -13,6 +13,7 @@
 
 mod arguments;
 mod backward;
+mod backward_rows;
 mod chunks;
 mod cpu;
 mod field;
@@ -20,6 +21,7 @@ mod forward;
 mod partial;
 pub mod reference;
 mod scratch;
+mod stage;
 mod sweep;
 #[cfg(test)]
 mod tests;

@@ -9,7 +9,7 @@ use std::cell::Cell;
 struct Line([f32; LINE]);
 
 /// f32 values in a cache line.
-const LINE: usize = 16;
+pub(super) const LINE: usize = 16;
 
 /// Rounds a number of f32 values up to whole cache lines.
 pub(super) const fn padded(values: usize) -> usize {
@@ -59,6 +59,19 @@ impl<'a> Parts<'a> {
         self.0 = rest;
         &mut part[..values]
     }
+}
+
+/// Asks for the cache lines of `values`, where the processor can be asked.
+#[inline(always)]
+pub(super) fn prefetch(values: &[f32]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in values.chunks(LINE) {
+        use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: every x86-64 processor has the instruction, and it changes nothing that the program sees.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = values;
 }
 
 /// An output array that parallel work writes without overlap.

@@ -58,10 +58,13 @@ pub(super) fn recompute<
             }
         }
         if let Some(y) = y.as_mut().and_then(Iterator::next) {
+            // Summed in a register: c might lie where y does, for all the compiler knows.
+            let mut sum = *y;
             for (i, &h) in h.iter().enumerate() {
                 // SAFETY: t and i are within the steps and block of c.
-                *y = F::dot(simd, unsafe { c.get::<S, F, TOKEN>(simd, t, i) }, h, *y);
+                sum = F::dot(simd, unsafe { c.get::<S, F, TOKEN>(simd, t, i) }, h, sum);
             }
+            *y = sum;
         }
     }
 }

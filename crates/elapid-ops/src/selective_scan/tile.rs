@@ -6,9 +6,19 @@ use pulp::Simd;
 
 use super::arguments::Projection;
 use super::field::Field;
+use super::scratch::{LINE, prefetch};
+use crate::matmul::transpose_block;
+use crate::simd::{load, store};
 
 /// Steps between two states that the forward saves for the backward, counted from the sequence's start.
 pub const CHUNK: usize = 64;
+
+/// Vectors that the passes over rows work on together: their functions are long chains that would leave the
+/// processor waiting one by one, and more of them than this spill registers.
+pub(super) const TOGETHER: usize = 4;
+
+/// Steps by which the passes over rows ask for memory ahead.
+const AHEAD: usize = 6;
 
 /// Neighbouring channels of one group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,6 +76,33 @@ impl Tile {
         self.width.div_ceil(S::F32_LANES)
     }
 
+    /// Whether vectors `v..v + count` have a channel in every lane.
+    #[inline(always)]
+    pub(super) fn is_full<S: Simd>(&self, v: usize, count: usize) -> bool {
+        (v + count) * S::F32_LANES <= self.width
+    }
+
+    /// The tile's part of row `t`.
+    #[inline(always)]
+    pub(super) fn row<'a>(&self, view: &RowView<'a, f32>, t: usize) -> &'a [f32] {
+        &view.data[t * view.stride + self.first..][..self.width]
+    }
+
+    /// Asks for the tile's part of the row [`AHEAD`] of `t`. Rows lie so far apart that the processor does not
+    /// foresee them, and their chains are too long for it to look ahead to the next row by itself.
+    #[inline(always)]
+    pub(super) fn prefetch(&self, view: &RowView<'_, f32>, t: usize) {
+        if t + AHEAD < view.rows {
+            prefetch(&view.data[(t + AHEAD) * view.stride + self.first..][..self.width]);
+        }
+    }
+
+    /// The tile's part of an array `[E]`.
+    #[inline(always)]
+    pub(super) fn part<'a>(&self, values: &'a [f32]) -> &'a [f32] {
+        &values[self.first..][..self.width]
+    }
+
     /// First channel and number of channels of vector `v`.
     #[inline(always)]
     pub(super) fn span<S: Simd>(&self, v: usize) -> (usize, usize) {
@@ -98,16 +135,80 @@ pub(super) fn store_channels<S: Simd>(simd: S, row: &mut [f32], count: usize, va
     }
 }
 
-/// Row `t` of a view from channel `from` on, as a vector.
+/// Vectors `v..v + K` of a tile's row; all but a single one must be full.
 #[inline(always)]
-pub(super) fn load_row<S: Simd>(
+pub(super) fn load_vectors<S: Simd, const K: usize>(
     simd: S,
-    view: &RowView<'_, f32>,
-    t: usize,
-    from: usize,
-    count: usize,
-) -> S::f32s {
-    load_channels(simd, &view.data[t * view.stride..], from, count)
+    row: &[f32],
+    v: usize,
+) -> [S::f32s; K] {
+    let mut values = [simd.splat_f32s(0.0); K];
+    let first = v * S::F32_LANES;
+    if K == 1 {
+        values[0] = load_channels(simd, row, first, S::F32_LANES.min(row.len() - first));
+    } else {
+        let row = &row[first..first + K * S::F32_LANES];
+        for (value, row) in values.iter_mut().zip(row.chunks_exact(S::F32_LANES)) {
+            *value = load(simd, row);
+        }
+    }
+    values
+}
+
+/// Writes vectors `v..v + K` of a tile's row; all but a single one must be full.
+#[inline(always)]
+pub(super) fn store_vectors<S: Simd, const K: usize>(
+    simd: S,
+    row: &mut [f32],
+    v: usize,
+    values: [S::f32s; K],
+) {
+    let first = v * S::F32_LANES;
+    if K == 1 {
+        let count = S::F32_LANES.min(row.len() - first);
+        store_channels(simd, &mut row[first..], count, values[0]);
+    } else {
+        let row = &mut row[first..first + K * S::F32_LANES];
+        for (row, value) in row.chunks_exact_mut(S::F32_LANES).zip(values) {
+            store(simd, row, value);
+        }
+    }
+}
+
+/// f32 values from the steps of one vector, `[step][lane]`, to those of the next in scratch: a cache line more
+/// than they take, or a step's vectors would all fall on the same few sets of the first-level cache.
+#[inline(always)]
+pub(super) const fn steps_stride<S: Simd>(steps: usize) -> usize {
+    steps * S::F32_LANES + LINE
+}
+
+/// The same step of `K` vectors in scratch, the first at `at`.
+#[inline(always)]
+pub(super) fn load_step<S: Simd, const K: usize>(
+    simd: S,
+    rows: &[f32],
+    at: usize,
+    stride: usize,
+) -> [S::f32s; K] {
+    let mut values = [simd.splat_f32s(0.0); K];
+    for (k, value) in values.iter_mut().enumerate() {
+        *value = load(simd, &rows[at + k * stride..]);
+    }
+    values
+}
+
+/// Writes the same step of `K` vectors to scratch, the first at `at`.
+#[inline(always)]
+pub(super) fn store_step<S: Simd, const K: usize>(
+    simd: S,
+    rows: &mut [f32],
+    at: usize,
+    stride: usize,
+    values: [S::f32s; K],
+) {
+    for (k, value) in values.into_iter().enumerate() {
+        store(simd, &mut rows[at + k * stride..], value);
+    }
 }
 
 /// Copies the tile's part of `[E, N]` (numbers of `PARTS` values side by side) to `[vector][n][part][lane]`;
@@ -128,23 +229,40 @@ pub(super) fn gather<S: Simd, F: Field>(
         if count < lanes {
             to.fill(0.0);
         }
-        for lane in 0..count {
-            let from = &from[(first + lane) * numbers..][..numbers];
-            for (i, &value) in from.iter().enumerate() {
-                to[i * lanes + lane] = value;
-            }
-        }
+        let from = &from[first * numbers..][..count * numbers];
+        // SAFETY: `count` rows of `numbers` values in `from`, as many columns at most `lanes` apart in `to`.
+        unsafe { transpose_block(from.as_ptr(), numbers, count, numbers, to.as_mut_ptr(), lanes) };
     }
 }
 
 /// The opposite of [`gather`]: vectors to the tile's part of `[E, N]`, of which `to` starts at the tile.
 #[inline(always)]
-pub(super) fn scatter<S: Simd, F: Field, T: Copy>(
+pub(super) fn scatter<S: Simd, F: Field>(
     _simd: S,
     tile: &Tile,
     states: usize,
-    from: &[T],
-    to: &mut [T],
+    from: &[f32],
+    to: &mut [f32],
+) {
+    let numbers = states * F::PARTS;
+    let lanes = S::F32_LANES;
+    for v in 0..tile.vectors::<S>() {
+        let (_, count) = tile.span::<S>(v);
+        let from = &from[v * numbers * lanes..][..numbers * lanes];
+        let to = &mut to[v * lanes * numbers..][..count * numbers];
+        // SAFETY: `numbers` rows of which `count <= lanes` values are taken, as many columns in `to`.
+        unsafe { transpose_block(from.as_ptr(), lanes, numbers, count, to.as_mut_ptr(), numbers) };
+    }
+}
+
+/// [`scatter`] of sums in f64.
+#[inline(always)]
+pub(super) fn scatter_wide<S: Simd, F: Field>(
+    _simd: S,
+    tile: &Tile,
+    states: usize,
+    from: &[f64],
+    to: &mut [f64],
 ) {
     let numbers = states * F::PARTS;
     let lanes = S::F32_LANES;

@@ -5,7 +5,7 @@
 
 use pulp::Simd;
 
-use super::{clamp_above, clamp_below, polynomial};
+use super::{clamp_above, clamp_below, polynomial, polynomial_each};
 
 /// Adding this to |x| < 2^22 rounds x to the nearest integer, which then stands in the low bits.
 const ROUND: f32 = 12_582_912.0;
@@ -68,17 +68,30 @@ pub fn exp<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
 }
 
 /// `e^x` for `x <= 0` or NaN, within 1.1 ulp; results below 2^-126.5 become 0, which saves the second scaling.
+/// Step by step for several vectors, see [`decay_exp2_in_range`].
 #[inline(always)]
-pub(super) fn exp_of_negative<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
-    let x = clamp_below(simd, x, -88.0);
+pub(super) fn exp_of_negative_each<S: Simd, const K: usize>(
+    simd: S,
+    x: [S::f32s; K],
+) -> [S::f32s; K] {
     let round = simd.splat_f32s(ROUND + BIAS);
-    let t = simd.mul_add_e_f32s(x, simd.splat_f32s(std::f32::consts::LOG2_E), round);
-    let n = simd.sub_f32s(t, round);
-    let r = simd.mul_add_e_f32s(n, simd.splat_f32s(-LN2_HIGH), x);
-    let r = simd.mul_add_e_f32s(n, simd.splat_f32s(-LN2_LOW), r);
-    let q = polynomial(simd, r, EXP);
-    let p = simd.mul_add_e_f32s(simd.mul_f32s(r, r), q, r);
-    simd.mul_f32s(simd.add_f32s(p, simd.splat_f32s(1.0)), power_of_two(simd, t))
+    let (mut r, mut t) = (x, x);
+    for (r, t) in r.iter_mut().zip(&mut t) {
+        *r = clamp_below(simd, *r, -88.0);
+        *t = simd.mul_add_e_f32s(*r, simd.splat_f32s(std::f32::consts::LOG2_E), round);
+    }
+    for (r, &t) in r.iter_mut().zip(&t) {
+        let n = simd.sub_f32s(t, round);
+        *r = simd.mul_add_e_f32s(n, simd.splat_f32s(-LN2_HIGH), *r);
+        *r = simd.mul_add_e_f32s(n, simd.splat_f32s(-LN2_LOW), *r);
+    }
+    let mut p = polynomial_each(simd, r, EXP);
+    for i in 0..K {
+        p[i] = simd.mul_add_e_f32s(simd.mul_f32s(r[i], r[i]), p[i], r[i]);
+        p[i] = simd.add_f32s(p[i], simd.splat_f32s(1.0));
+        p[i] = simd.mul_f32s(p[i], power_of_two(simd, t[i]));
+    }
+    p
 }
 
 /// `2^x` within 1.2 ulp over the whole range, subnormal results included; inf, 0 and NaN come out as such.

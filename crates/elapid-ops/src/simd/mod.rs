@@ -22,8 +22,9 @@ mod tests;
 mod trigonometric;
 
 pub use activation::{
-    SOFTPLUS_THRESHOLD, sigmoid, sigmoid_derivative, silu, silu_derivative, silu_with_derivative,
-    softplus, softplus_derivative,
+    SOFTPLUS_THRESHOLD, sigmoid, sigmoid_derivative, sigmoid_each, silu, silu_derivative,
+    silu_each, silu_with_derivative, silu_with_derivative_each, softplus, softplus_derivative,
+    softplus_each, softplus_with_derivative_each,
 };
 pub use exponential::{
     DECAY_RANGE, DecayConstants, decay_constants, decay_exp2, decay_exp2_in_range, exp, exp2,
@@ -86,10 +87,24 @@ pub(crate) fn clamp_above<S: Simd>(simd: S, x: S::f32s, high: f32) -> S::f32s {
 
 /// The polynomial `c[0] + c[1] x + ..` by Horner's rule.
 #[inline(always)]
-pub(crate) fn polynomial<S: Simd, const K: usize>(simd: S, x: S::f32s, c: [f32; K]) -> S::f32s {
-    let mut sum = simd.splat_f32s(c[K - 1]);
-    for &c in c[..K - 1].iter().rev() {
-        sum = simd.mul_add_e_f32s(sum, x, simd.splat_f32s(c));
-    }
+pub(crate) fn polynomial<S: Simd, const C: usize>(simd: S, x: S::f32s, c: [f32; C]) -> S::f32s {
+    let [sum] = polynomial_each(simd, [x], c);
     sum
+}
+
+/// [`polynomial`] of several vectors, term by term.
+#[inline(always)]
+pub(crate) fn polynomial_each<S: Simd, const K: usize, const C: usize>(
+    simd: S,
+    x: [S::f32s; K],
+    c: [f32; C],
+) -> [S::f32s; K] {
+    let mut sums = [simd.splat_f32s(c[C - 1]); K];
+    for &c in c[..C - 1].iter().rev() {
+        let c = simd.splat_f32s(c);
+        for (sum, &x) in sums.iter_mut().zip(&x) {
+            *sum = simd.mul_add_e_f32s(*sum, x, c);
+        }
+    }
+    sums
 }

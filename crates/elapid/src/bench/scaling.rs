@@ -87,9 +87,12 @@ pub fn run(bench: &Bench) -> Result<Scaling> {
         let runs_per_sample = (aim / mean(length, 3)?).round().clamp(1.0, 1e4) as usize;
         points.push(Point { length, seconds: 0.0, runs_per_sample, samples: Vec::new() });
     }
-    // Round after round over all lengths, so that a slow moment does not bend the line.
+    // Round after round over all lengths, so that a slow moment does not bend the line. A run outside of the
+    // clock before each sample: the first output of a length is fresh memory from the system, which only the
+    // longest lengths, one run a sample, would pay for.
     for _ in 0..bench.repeats.max(5) {
         for point in &mut points {
+            mean(point.length, 1)?;
             point.samples.push(mean(point.length, point.runs_per_sample)?);
         }
     }
