@@ -5,6 +5,7 @@
 //! graph through [`autograd::record`]. [`Sequences`] describes ragged batches.
 
 pub mod autograd;
+pub mod cuda;
 mod device;
 mod dtype;
 mod error;

@@ -1,0 +1,358 @@
+// A thin emulation of CUDA's execution model for the host's C++ compiler: the threads of a block are fibers of one
+// host thread, blocks run one after another, barriers and warp exchanges switch fibers. The order in which threads
+// run is drawn anew for every launch, so that a missing barrier shows as a wrong result in some order.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+extern "C" void __sanitizer_start_switch_fiber(void** save, const void* bottom, size_t size);
+extern "C" void __sanitizer_finish_switch_fiber(void* save, const void** bottom, size_t* size);
+#endif
+
+struct dim3 {
+    unsigned x = 1, y = 1, z = 1;
+};
+struct float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+namespace emulation {
+
+template <class To, class From> To copy_bits(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    memcpy(&to, &from, sizeof(To));
+    return to;
+}
+
+// The card's ex2.approx.ftz: subnormal results are 0.
+inline float exp2(float x) {
+    float y = ::exp2f(x);
+    return y < 1.17549435e-38f ? 0.0f : y;
+}
+inline float log2(float x) { return ::log2f(x); }
+
+constexpr int LANES = 32;
+constexpr size_t STACK = 64 << 10;
+
+struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+};
+
+enum class State { Ready, Barrier, Warp, Done };
+
+// One thread of a block.
+struct Fiber {
+    ucontext_t context;
+    char* stack = nullptr;
+    void* shadow = nullptr;
+    dim3 index;
+    unsigned number = 0;
+    State state = State::Done;
+    unsigned mask = 0;      // lanes of the exchange that this one waits for
+    uint64_t seen[LANES];   // what the lanes of its last exchange put down
+    std::vector<std::vector<Copy>> groups;
+    std::vector<Copy> open;
+};
+
+// What the lanes of a warp have put down for the exchange under way.
+struct Warp {
+    uint64_t values[LANES];
+};
+
+struct Block {
+    dim3 grid, block, index;
+    std::vector<Fiber> fibers;
+    unsigned fibers_used = 0;
+    std::vector<Warp> warps;
+    unsigned char* dynamic = nullptr;
+    size_t dynamic_bytes = 0;
+    Fiber* current = nullptr;
+    ucontext_t scheduler;
+    void* shadow = nullptr;
+    const void* bottom = nullptr;
+    size_t bottom_size = 0;
+    void (*run)(const void*) = nullptr;
+    const void* args = nullptr;
+    uint64_t random = 0x9e3779b97f4a7c15ull;
+};
+
+inline Block& block() {
+    static thread_local Block instance;
+    return instance;
+}
+
+[[noreturn]] inline void fail(const char* message) {
+    fprintf(stderr, "emulated kernel: %s\n", message);
+    abort();
+}
+
+inline void to_scheduler(bool last = false) {
+    Block& b = block();
+    Fiber* self = b.current;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(last ? nullptr : &self->shadow, b.bottom, b.bottom_size);
+#endif
+    (void)last;
+    swapcontext(&self->context, &b.scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(self->shadow, &b.bottom, &b.bottom_size);
+#endif
+}
+
+inline void entry() {
+    Block& b = block();
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, &b.bottom, &b.bottom_size);
+#endif
+    b.run(b.args);
+    Fiber* self = b.current;
+    if (!self->open.empty() || !self->groups.empty()) fail("a thread ended with copies under way");
+    self->state = State::Done;
+    to_scheduler(true);
+}
+
+inline void resume(Fiber& fiber) {
+    Block& b = block();
+    b.current = &fiber;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(&b.shadow, fiber.stack, STACK);
+#endif
+    swapcontext(&b.scheduler, &fiber.context);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(b.shadow, nullptr, nullptr);
+#endif
+}
+
+inline uint64_t draw() {
+    uint64_t& x = block().random;
+    x ^= x << 13;
+    x ^= x >> 7;
+    x ^= x << 17;
+    return x;
+}
+
+inline void barrier() {
+    block().current->state = State::Barrier;
+    to_scheduler();
+}
+
+// Puts down a value for the lanes of `mask` and returns the table of theirs when all have come.
+inline const uint64_t* exchange(unsigned mask, uint64_t value) {
+    Block& b = block();
+    Fiber* self = b.current;
+    unsigned lane = self->number % LANES, first = self->number - lane;
+    if (!(mask >> lane & 1)) fail("a lane calls a warp operation whose mask leaves it out");
+    Warp& warp = b.warps[self->number / LANES];
+    warp.values[lane] = value;
+    self->mask = mask;
+    self->state = State::Warp;
+    unsigned present = 0;
+    for (unsigned other = 0; other < LANES && first + other < b.fibers_used; ++other) {
+        Fiber& fiber = b.fibers[first + other];
+        if ((mask >> other & 1) && fiber.state == State::Warp) {
+            if (fiber.mask != mask) fail("lanes of one warp operation disagree about its mask");
+            present |= 1u << other;
+        }
+    }
+    if (present != mask) {
+        to_scheduler();
+        return self->seen;
+    }
+    // The last to come hands the table to all and lets them go on.
+    for (unsigned other = 0; other < LANES; ++other) {
+        if (!(mask >> other & 1)) continue;
+        Fiber& fiber = b.fibers[first + other];
+        memcpy(fiber.seen, warp.values, sizeof(warp.values));
+        fiber.state = State::Ready;
+    }
+    return self->seen;
+}
+
+template <class T> uint64_t widen(T value) {
+    static_assert(sizeof(T) <= 8);
+    uint64_t wide = 0;
+    memcpy(&wide, &value, sizeof(T));
+    return wide;
+}
+template <class T> T narrow(uint64_t wide) {
+    T value;
+    memcpy(&value, &wide, sizeof(T));
+    return value;
+}
+
+template <class T> T shuffle(unsigned mask, T value, unsigned source) {
+    unsigned lane = block().current->number % LANES;
+    const uint64_t* table = exchange(mask, widen(value));
+    if (source >= LANES) source = lane;
+    if (!(mask >> source & 1)) fail("a lane reads one outside the mask");
+    return narrow<T>(table[source]);
+}
+
+inline void copy_async(void* to, const void* from, size_t bytes) {
+    if ((uint64_t)to % bytes || (uint64_t)from % bytes) fail("a copy to shared memory is not aligned");
+    block().current->open.push_back({to, from, bytes});
+}
+inline void copies_commit() {
+    Fiber* self = block().current;
+    self->groups.push_back(std::move(self->open));
+    self->open.clear();
+}
+inline void copies_wait(size_t pending) {
+    Fiber* self = block().current;
+    while (self->groups.size() > pending) {
+        for (const Copy& copy : self->groups.front()) memcpy(copy.to, copy.from, copy.bytes);
+        self->groups.erase(self->groups.begin());
+    }
+}
+
+inline void run_block() {
+    Block& b = block();
+    unsigned count = b.block.x * b.block.y * b.block.z;
+    b.fibers_used = count;
+    b.warps.assign((count + LANES - 1) / LANES, Warp());
+    // Shared memory starts as NaN: what was not written shows.
+    if (b.dynamic_bytes) memset(b.dynamic, 0xff, b.dynamic_bytes);
+    for (unsigned i = 0; i < count; ++i) {
+        Fiber& fiber = b.fibers[i];
+        fiber.number = i;
+        fiber.index = {i % b.block.x, i / b.block.x % b.block.y, i / (b.block.x * b.block.y)};
+        fiber.state = State::Ready;
+        fiber.groups.clear();
+        fiber.open.clear();
+        if (!fiber.stack) fiber.stack = (char*)malloc(STACK);  // kept for the thread's life
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack;
+        fiber.context.uc_stack.ss_size = STACK;
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, entry, 0);
+    }
+    std::vector<unsigned> order(count);
+    for (unsigned i = 0; i < count; ++i) order[i] = i;
+    for (;;) {
+        for (unsigned i = count; i > 1; --i) std::swap(order[i - 1], order[draw() % i]);
+        bool progress = false;
+        for (unsigned i : order) {
+            if (b.fibers[i].state == State::Ready) {
+                resume(b.fibers[i]);
+                progress = true;
+            }
+        }
+        if (progress) continue;
+        unsigned waiting = 0, done = 0;
+        for (unsigned i = 0; i < count; ++i) {
+            waiting += b.fibers[i].state == State::Barrier;
+            done += b.fibers[i].state == State::Done;
+        }
+        if (done == count) return;
+        if (waiting + done < count) fail("deadlock: lanes of a warp operation do not all come");
+        if (done) fail("a barrier that ended threads never reach");
+        for (unsigned i = 0; i < count; ++i) b.fibers[i].state = State::Ready;
+    }
+}
+
+// Runs a whole grid. `sizes` are grid x, y, z, block x, y, z and the bytes of dynamic shared memory.
+inline void run_grid(void (*run)(const void*), const void* args, const uint32_t* sizes, uint64_t seed) {
+    Block& b = block();
+    b.grid = {sizes[0], sizes[1], sizes[2]};
+    b.block = {sizes[3], sizes[4], sizes[5]};
+    unsigned count = sizes[3] * sizes[4] * sizes[5];
+    if (count == 0 || count > 1024) fail("a block has 1 to 1024 threads");
+    if (b.fibers.size() < count) {
+        std::vector<Fiber> more(count);
+        for (size_t i = 0; i < b.fibers.size(); ++i) more[i].stack = b.fibers[i].stack;
+        b.fibers = std::move(more);
+    }
+    b.run = run;
+    b.args = args;
+    b.random = seed * 2 + 1;
+    b.dynamic_bytes = sizes[6];
+    b.dynamic = nullptr;
+    if (b.dynamic_bytes && posix_memalign((void**)&b.dynamic, 16, b.dynamic_bytes)) fail("out of memory");
+    // Blocks in a drawn order too: they must not depend on one another.
+    uint64_t blocks = uint64_t(b.grid.x) * b.grid.y * b.grid.z;
+    uint64_t start = draw() % (blocks ? blocks : 1);
+    for (uint64_t k = 0; k < blocks; ++k) {
+        uint64_t i = (start + k) % blocks;
+        b.index = {unsigned(i % b.grid.x), unsigned(i / b.grid.x % b.grid.y), unsigned(i / (uint64_t(b.grid.x) * b.grid.y))};
+        run_block();
+    }
+    free(b.dynamic);
+}
+
+}  // namespace emulation
+
+#define DEVICE inline
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __restrict__ __restrict
+// One array for all fibers of this host thread, as blocks run one after another.
+#define __shared__ static thread_local
+#define __align__(n) alignas(n)
+#define __grid_constant__
+#define KERNEL(NAME, ARGUMENTS, THREADS, BLOCKS)                                                       \
+    static void NAME(const ARGUMENTS args);                                                            \
+    extern "C" void NAME##_on_host(const void* args, const uint32_t* sizes, uint64_t seed) {           \
+        if (sizes[3] * sizes[4] * sizes[5] > (THREADS)) emulation::fail(#NAME ": too many threads");   \
+        emulation::run_grid([](const void* a) { NAME(*static_cast<const ARGUMENTS*>(a)); }, args, sizes, seed); \
+    }                                                                                                  \
+    extern "C" const uint32_t NAME##_arguments = sizeof(ARGUMENTS);                                    \
+    static void NAME(const ARGUMENTS args)
+#define DYNAMIC_SHARED(TYPE, NAME) TYPE* NAME = reinterpret_cast<TYPE*>(emulation::block().dynamic)
+
+#define threadIdx (emulation::block().current->index)
+#define blockIdx (emulation::block().index)
+#define blockDim (emulation::block().block)
+#define gridDim (emulation::block().grid)
+
+inline void __syncthreads() { emulation::barrier(); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) { emulation::exchange(mask, 0); }
+template <class T> T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+    unsigned lane = emulation::block().current->number % 32;
+    return emulation::shuffle(mask, value, (lane & ~(width - 1)) | (source & (width - 1)));
+}
+template <class T> T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
+    unsigned lane = emulation::block().current->number % 32;
+    unsigned source = lane ^ bits;
+    return emulation::shuffle(mask, value, (source & ~(width - 1)) > (lane & ~(width - 1)) ? lane : source);
+}
+template <class T> T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+    unsigned lane = emulation::block().current->number % 32;
+    bool inside = (lane & (width - 1)) >= delta;
+    return emulation::shuffle(mask, value, inside ? lane - delta : lane);
+}
+template <class T> T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+    unsigned lane = emulation::block().current->number % 32;
+    bool inside = (lane & (width - 1)) + delta < unsigned(width);
+    return emulation::shuffle(mask, value, inside ? lane + delta : lane);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+    const uint64_t* table = emulation::exchange(mask, predicate != 0);
+    unsigned ballot = 0;
+    for (int lane = 0; lane < 32; ++lane) ballot |= (mask >> lane & 1) && table[lane] ? 1u << lane : 0;
+    return ballot;
+}
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+template <class T> T __ldg(const T* from) { return *from; }

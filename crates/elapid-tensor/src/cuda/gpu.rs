@@ -1,0 +1,299 @@
+//! A GPU, real or emulated: kernels, launches, events.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::card::{Card, CardEvent, CardModule};
+use super::error::{GpuError, Result};
+use super::host::{self, HostModule};
+use super::memory::Pool;
+use super::source::{KernelArguments, Source};
+
+/// A GPU. Clones are the same GPU with the same memory, stream and kernels.
+#[derive(Clone)]
+pub struct Gpu(Arc<Inner>);
+
+struct Inner {
+    driver: Driver,
+    pool: Mutex<Pool>,
+    modules: Mutex<HashMap<String, Module>>,
+}
+
+/// What carries out the calls.
+pub(super) enum Driver {
+    Card(Card),
+    /// This program's own memory and the host's C++ compiler.
+    Host,
+}
+
+/// Kernels compiled from one text with one set of macros.
+#[derive(Clone)]
+pub struct Module(Arc<ModuleInner>);
+
+struct ModuleInner {
+    source: &'static str,
+    code: Code,
+}
+
+enum Code {
+    Card(CardModule),
+    Host(HostModule),
+}
+
+/// One kernel of a module.
+#[derive(Clone)]
+pub struct Kernel {
+    module: Module,
+    name: String,
+    entry: Entry,
+}
+
+#[derive(Clone, Copy)]
+enum Entry {
+    Card(super::card::Function),
+    Host(host::Entry),
+}
+
+/// The shape of a launch.
+#[derive(Debug, Clone, Copy)]
+pub struct Launch {
+    /// Blocks along x, y and z.
+    pub grid: [u32; 3],
+    /// Threads of a block along x, y and z.
+    pub block: [u32; 3],
+    /// Bytes of dynamic shared memory of a block.
+    pub shared: u32,
+}
+
+impl Launch {
+    /// Blocks along x alone, threads along x alone, no dynamic shared memory.
+    pub fn linear(blocks: u32, threads: u32) -> Self {
+        Self { grid: [blocks, 1, 1], block: [threads, 1, 1], shared: 0 }
+    }
+}
+
+/// A moment in a GPU's stream.
+pub struct Event(EventInner);
+
+enum EventInner {
+    Card(CardEvent),
+    Host(std::time::Instant),
+}
+
+impl Gpu {
+    /// Card `ordinal` of this machine.
+    ///
+    /// # Errors
+    /// If the driver is missing or too old, there is no such card, or the card cannot be used.
+    pub fn open(ordinal: usize) -> Result<Self> {
+        Ok(Self::new(Driver::Card(Card::open(ordinal)?)))
+    }
+
+    /// The kernels on the host, for tests: slow, but the same texts and the same calls.
+    ///
+    /// # Errors
+    /// Never; the compiler is looked for when the first kernel is wanted.
+    pub fn emulated() -> Result<Self> {
+        Ok(Self::new(Driver::Host))
+    }
+
+    fn new(driver: Driver) -> Self {
+        Self(Arc::new(Inner {
+            driver,
+            pool: Mutex::new(Pool::default()),
+            modules: Mutex::new(HashMap::new()),
+        }))
+    }
+
+    pub(super) fn driver(&self) -> &Driver {
+        &self.0.driver
+    }
+
+    pub(super) fn pool(&self) -> MutexGuard<'_, Pool> {
+        self.0.pool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The card; none if emulated.
+    pub fn card(&self) -> Option<&Card> {
+        match self.driver() {
+            Driver::Card(card) => Some(card),
+            Driver::Host => None,
+        }
+    }
+
+    /// True for the host's emulation.
+    pub fn is_emulated(&self) -> bool {
+        matches!(self.driver(), Driver::Host)
+    }
+
+    /// Multiprocessors, for the choice of how work is cut. The emulation claims a few.
+    pub fn multiprocessors(&self) -> usize {
+        self.card().map_or(4, Card::multiprocessors)
+    }
+
+    /// The kernels of `source` with macros defined as given, compiled now, or taken from memory or the cache.
+    ///
+    /// # Errors
+    /// If the compiler is missing, or the text does not compile.
+    pub fn module(&self, source: &Source, macros: &[(&str, &str)]) -> Result<Module> {
+        let mut key = source.name.to_owned();
+        for (name, value) in macros {
+            key.extend([" ", name, "=", value]);
+        }
+        let mut modules = self.0.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(module) = modules.get(&key) {
+            return Ok(module.clone());
+        }
+        let code = match self.driver() {
+            Driver::Card(card) => Code::Card(card.compile(source, macros)?),
+            Driver::Host => Code::Host(HostModule::compile(source, macros)?),
+        };
+        let module = Module(Arc::new(ModuleInner { source: source.name, code }));
+        modules.insert(key, module.clone());
+        Ok(module)
+    }
+
+    /// Launches a kernel after all earlier work. It runs on while this call returns.
+    ///
+    /// # Errors
+    /// If the arguments have another size than the kernel's, or the driver refuses.
+    ///
+    /// # Safety
+    /// Under this shape of launch, the kernel must stay within the memory that `arguments` point to, and that memory
+    /// must belong to this GPU. (Buffers may be dropped once this call has returned.)
+    pub unsafe fn launch<A: KernelArguments>(
+        &self,
+        kernel: &Kernel,
+        launch: Launch,
+        arguments: &A,
+    ) -> Result<()> {
+        if launch.grid.contains(&0) {
+            return Ok(());
+        }
+        let pointer = std::ptr::from_ref(arguments).cast::<c_void>();
+        match (self.driver(), kernel.entry) {
+            // SAFETY: the struct has the kernel's layout (KernelArguments); the rest is the caller's promise.
+            (Driver::Card(card), Entry::Card(function)) => unsafe {
+                card.launch(function, launch, pointer)
+            },
+            (Driver::Host, Entry::Host(entry)) => {
+                let size = size_of::<A>() as u32;
+                if size != entry.arguments {
+                    return Err(kernel.error(format!(
+                        "takes {} bytes of arguments, was given {size}",
+                        entry.arguments
+                    )));
+                }
+                // SAFETY: as above.
+                unsafe { entry.run(launch, pointer) };
+                Ok(())
+            }
+            _ => Err(kernel.error("was compiled for another device".into())),
+        }
+    }
+
+    /// Waits until all work so far is done.
+    ///
+    /// # Errors
+    /// If some of it failed.
+    pub fn synchronize(&self) -> Result<()> {
+        match self.driver() {
+            Driver::Card(card) => card.synchronize(),
+            Driver::Host => Ok(()),
+        }
+    }
+
+    /// Marks this moment in the stream.
+    ///
+    /// # Errors
+    /// If the driver refuses.
+    pub fn event(&self) -> Result<Event> {
+        Ok(Event(match self.driver() {
+            Driver::Card(card) => EventInner::Card(card.event()?),
+            Driver::Host => EventInner::Host(std::time::Instant::now()),
+        }))
+    }
+
+    pub(super) fn allocate(&self, bytes: usize) -> Result<u64> {
+        match self.driver() {
+            Driver::Card(card) => card.allocate(bytes),
+            Driver::Host => Ok(host::allocate(bytes)),
+        }
+    }
+
+    pub(super) fn release(&self, address: u64, bytes: usize) -> Result<()> {
+        match self.driver() {
+            Driver::Card(card) => card.release(address),
+            Driver::Host => {
+                host::release(address, bytes);
+                Ok(())
+            }
+        }
+    }
+}
+
+impl Module {
+    /// The kernel `name`.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn kernel(&self, name: &str) -> Result<Kernel> {
+        let missing = |message: String| GpuError::Kernel {
+            kernel: name.to_owned(),
+            source_name: self.0.source,
+            message,
+        };
+        let entry = match &self.0.code {
+            Code::Card(module) => Entry::Card(module.function(name)?),
+            Code::Host(module) => Entry::Host(module.entry(name).map_err(missing)?),
+        };
+        Ok(Kernel { module: self.clone(), name: name.to_owned(), entry })
+    }
+}
+
+impl Kernel {
+    fn error(&self, message: String) -> GpuError {
+        GpuError::Kernel { kernel: self.name.clone(), source_name: self.module.0.source, message }
+    }
+
+    /// Registers a thread and bytes of local memory (spills) a thread; none for the emulation.
+    pub fn resources(&self) -> Option<(i32, i32)> {
+        match self.entry {
+            Entry::Card(function) => function.resources(),
+            Entry::Host(_) => None,
+        }
+    }
+}
+
+impl Event {
+    /// Milliseconds from `earlier` to this moment; waits for both.
+    ///
+    /// # Errors
+    /// If work before it failed.
+    pub fn since(&self, earlier: &Event) -> Result<f64> {
+        match (&earlier.0, &self.0) {
+            (EventInner::Card(from), EventInner::Card(to)) => to.since(from),
+            (EventInner::Host(from), EventInner::Host(to)) => {
+                Ok(to.duration_since(*from).as_secs_f64() * 1e3)
+            }
+            _ => Ok(f64::NAN),
+        }
+    }
+}
+
+impl fmt::Display for Gpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.driver() {
+            Driver::Card(card) => write!(f, "cuda:{}", card.ordinal()),
+            Driver::Host => f.write_str("cuda:emulated"),
+        }
+    }
+}
+
+impl fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Gpu({self})")
+    }
+}

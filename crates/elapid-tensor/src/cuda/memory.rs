@@ -1,0 +1,232 @@
+//! Device memory: blocks that return to their GPU and are used again in the order of its stream.
+
+use std::collections::BTreeMap;
+use std::marker::PhantomData;
+
+use bytemuck::{Pod, Zeroable};
+
+use super::error::{GpuError, Result};
+use super::gpu::{Driver, Gpu};
+
+/// Bytes of a GPU's memory that this program holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Usage {
+    /// In buffers that are in use now.
+    pub in_use: usize,
+    /// The largest `in_use` so far.
+    pub peak: usize,
+    /// In blocks that wait to be used again.
+    pub cached: usize,
+}
+
+/// Blocks that wait, by size.
+#[derive(Debug, Default)]
+pub(super) struct Pool {
+    free: BTreeMap<usize, Vec<u64>>,
+    pub(super) usage: Usage,
+}
+
+/// The size that `bytes` are rounded up to: eight sizes to a power of two, so at most an eighth is wasted.
+fn size_class(bytes: usize) -> usize {
+    let step = (bytes.next_power_of_two() / 16).max(512);
+    bytes.max(1).next_multiple_of(step)
+}
+
+/// An owned run of elements in the memory of a GPU; it goes back to its GPU when dropped. As all work of a GPU is
+/// in one order, memory can be used again by later calls while earlier ones are still running.
+#[derive(Debug)]
+pub struct DeviceBuffer<T> {
+    gpu: Gpu,
+    address: u64,
+    capacity: usize,
+    len: usize,
+    element: PhantomData<T>,
+}
+
+impl Gpu {
+    /// `len` elements of arbitrary value, for callers that overwrite all of them.
+    ///
+    /// # Errors
+    /// [`GpuError::OutOfMemory`], after waiting memory has been given back to the driver.
+    pub fn scratch<T: Pod>(&self, len: usize) -> Result<DeviceBuffer<T>> {
+        let bytes = len * size_of::<T>();
+        // The emulated device gives exactly what is asked for, so that a sanitizer sees every stray access.
+        let capacity = if self.is_emulated() { bytes.max(1) } else { size_class(bytes) };
+        let mut pool = self.pool();
+        let recycled = pool.free.get_mut(&capacity).and_then(Vec::pop);
+        let address = match recycled {
+            Some(address) => {
+                pool.usage.cached -= capacity;
+                address
+            }
+            None => match self.allocate(capacity) {
+                Ok(address) => address,
+                Err(_) => {
+                    self.give_back(&mut pool)?;
+                    self.allocate(capacity).map_err(|error| self.out_of_memory(bytes, error))?
+                }
+            },
+        };
+        pool.usage.in_use += capacity;
+        pool.usage.peak = pool.usage.peak.max(pool.usage.in_use);
+        drop(pool);
+        Ok(DeviceBuffer { gpu: self.clone(), address, capacity, len, element: PhantomData })
+    }
+
+    /// `len` zeros.
+    ///
+    /// # Errors
+    /// As [`Gpu::scratch`].
+    pub fn zeros<T: Pod + Zeroable>(&self, len: usize) -> Result<DeviceBuffer<T>> {
+        let buffer = self.scratch::<T>(len)?;
+        match self.driver() {
+            Driver::Card(card) => card.fill_zero(buffer.address, len * size_of::<T>())?,
+            // SAFETY: the block is that long and nobody else has it.
+            Driver::Host => unsafe {
+                (buffer.address as *mut u8).write_bytes(0, len * size_of::<T>());
+            },
+        }
+        Ok(buffer)
+    }
+
+    /// A copy of `values`. The values are read before the call returns.
+    ///
+    /// # Errors
+    /// As [`Gpu::scratch`].
+    pub fn upload<T: Pod>(&self, values: &[T]) -> Result<DeviceBuffer<T>> {
+        let mut buffer = self.scratch::<T>(values.len())?;
+        buffer.write(values)?;
+        Ok(buffer)
+    }
+
+    /// Memory held by this program.
+    pub fn usage(&self) -> Usage {
+        self.pool().usage
+    }
+
+    /// Gives waiting blocks back to the driver.
+    ///
+    /// # Errors
+    /// If the driver refuses.
+    pub fn trim(&self) -> Result<()> {
+        let mut pool = self.pool();
+        self.give_back(&mut pool)
+    }
+
+    fn give_back(&self, pool: &mut Pool) -> Result<()> {
+        self.synchronize()?;
+        pool.usage.cached = 0;
+        for (capacity, blocks) in std::mem::take(&mut pool.free) {
+            for address in blocks {
+                self.release(address, capacity)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn out_of_memory(&self, asked: usize, error: GpuError) -> GpuError {
+        match self.driver() {
+            Driver::Card(card) => match card.memory() {
+                Ok((free, total)) => {
+                    GpuError::OutOfMemory { device: self.to_string(), asked, free, total }
+                }
+                Err(_) => error,
+            },
+            Driver::Host => error,
+        }
+    }
+}
+
+impl<T: Pod> DeviceBuffer<T> {
+    /// Address of the first element, for arguments of kernels.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True if there is no element.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The GPU whose memory it is.
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    /// Overwrites all elements.
+    ///
+    /// # Errors
+    /// If the driver refuses.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn write(&mut self, values: &[T]) -> Result<()> {
+        assert_eq!(values.len(), self.len);
+        match self.gpu.driver() {
+            Driver::Card(card) => card.copy_in(self.address, bytemuck::cast_slice(values)),
+            Driver::Host => {
+                let from = bytemuck::cast_slice::<T, u8>(values);
+                // SAFETY: the block holds as many bytes, and nobody else has it.
+                unsafe {
+                    (self.address as *mut u8).copy_from_nonoverlapping(from.as_ptr(), from.len());
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// The elements, after all work before this call.
+    ///
+    /// # Errors
+    /// If the driver refuses, or earlier work failed.
+    pub fn read(&self) -> Result<Vec<T>> {
+        let mut values = vec![T::zeroed(); self.len];
+        let to = bytemuck::cast_slice_mut::<T, u8>(&mut values);
+        match self.gpu.driver() {
+            Driver::Card(card) => card.copy_out(self.address, to)?,
+            // SAFETY: the block holds as many bytes.
+            Driver::Host => unsafe {
+                to.as_mut_ptr().copy_from_nonoverlapping(self.address as *const u8, to.len());
+            },
+        }
+        Ok(values)
+    }
+}
+
+impl<T> Drop for DeviceBuffer<T> {
+    fn drop(&mut self) {
+        let mut pool = self.gpu.pool();
+        pool.usage.in_use -= self.capacity;
+        if self.gpu.is_emulated() {
+            drop(pool);
+            // A failure to free has nobody to tell; the memory is lost with the program.
+            let _ = self.gpu.release(self.address, self.capacity);
+            return;
+        }
+        pool.usage.cached += self.capacity;
+        pool.free.entry(self.capacity).or_default().push(self.address);
+    }
+}
+
+// SAFETY: a buffer owns its memory; device memory is reached only through calls that take a reference to it.
+unsafe impl<T: Send> Send for DeviceBuffer<T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for DeviceBuffer<T> {}
+
+#[cfg(test)]
+mod tests {
+    use super::size_class;
+
+    #[test]
+    fn size_classes_waste_at_most_an_eighth() {
+        for bytes in (1..1 << 22).step_by(997) {
+            let class = size_class(bytes);
+            assert!(class >= bytes && class - bytes <= (bytes / 8).max(512), "{bytes} -> {class}");
+        }
+    }
+}

@@ -1,0 +1,202 @@
+// What every kernel is written in: CUDA C++ for the card (NVRTC, no headers), and the same text for the host's
+// C++ compiler over the emulation in emulation.h. Kernels are exported with KERNEL, take one struct of arguments by
+// value, and use only what stands here or in the language.
+#pragma once
+
+#if defined(__CUDACC_RTC__) || defined(__CUDACC__)
+
+#define DEVICE __device__ __forceinline__
+// extern "C" __global__ void NAME(const ARGUMENTS args), at most THREADS threads a block, BLOCKS a multiprocessor.
+#define KERNEL(NAME, ARGUMENTS, THREADS, BLOCKS) \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const __grid_constant__ ARGUMENTS args)
+// The block's dynamic shared memory as an array of TYPE, 16-byte aligned.
+#define DYNAMIC_SHARED(TYPE, NAME) \
+    extern __shared__ __align__(16) unsigned char dynamic_shared_bytes[]; \
+    TYPE* NAME = reinterpret_cast<TYPE*>(dynamic_shared_bytes)
+#define ON_CARD 1
+
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef unsigned long long uint64_t;
+typedef int int32_t;
+typedef long long int64_t;
+static_assert(sizeof(int64_t) == 8 && sizeof(uint64_t) == 8, "64-bit offsets");
+
+#else
+#include "emulation.h"
+#endif
+
+constexpr unsigned FULL_WARP = 0xffffffffu;
+constexpr int WARP = 32;
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LN_2 = 0.6931471805599453f;
+
+// ---- Numbers ------------------------------------------------------------------------------------------------
+
+DEVICE uint32_t bits_of(float value) {
+#ifdef ON_CARD
+    return __float_as_uint(value);
+#else
+    return emulation::copy_bits<uint32_t>(value);
+#endif
+}
+
+DEVICE float float_of(uint32_t bits) {
+#ifdef ON_CARD
+    return __uint_as_float(bits);
+#else
+    return emulation::copy_bits<float>(bits);
+#endif
+}
+
+// bfloat16: the upper half of an f32.
+struct alignas(2) bf16 {
+    uint16_t bits;
+};
+
+DEVICE float to_float(float value) { return value; }
+DEVICE float to_float(bf16 value) { return float_of(uint32_t(value.bits) << 16); }
+
+template <class T> DEVICE T from_float(float value);
+template <> DEVICE float from_float<float>(float value) { return value; }
+// To nearest even; NaN stays NaN.
+template <> DEVICE bf16 from_float<bf16>(float value) {
+    bf16 result;
+#ifdef ON_CARD
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+#else
+    uint32_t bits = bits_of(value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) {
+        result.bits = uint16_t((bits >> 16) | 0x40u);
+    } else {
+        result.bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    }
+#endif
+    return result;
+}
+
+// 2^x on the special-function unit: 2 ulp, subnormal results become 0.
+DEVICE float exp2_fast(float x) {
+#ifdef ON_CARD
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return emulation::exp2(x);
+#endif
+}
+
+// log2 on the special-function unit.
+DEVICE float log2_fast(float x) {
+#ifdef ON_CARD
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return emulation::log2(x);
+#endif
+}
+
+// 1 / x to 1 ulp.
+DEVICE float reciprocal(float x) {
+#ifdef ON_CARD
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return 1.0f / x;
+#endif
+}
+
+DEVICE float exp_fast(float x) { return exp2_fast(x * LOG2_E); }
+DEVICE float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(-LOG2_E * x)); }
+DEVICE float silu(float x) { return x * sigmoid(x); }
+// d silu(x) / dx, given sigmoid(x).
+DEVICE float silu_slope(float x, float s) { return s * (1.0f + x * (1.0f - s)); }
+
+// log(1 + e^x), x itself above 20. Below -4 the series keeps the relative error where 1 + e^x would round it away.
+DEVICE float softplus(float x) {
+    float e = exp2_fast(x * LOG2_E);
+    float series = e * (1.0f + e * (-0.5f + e * (0.33333333f + e * (-0.25f + e * 0.2f))));
+    float direct = LN_2 * log2_fast(1.0f + e);
+    float small = x < -4.0f ? series : direct;
+    return x > 20.0f ? x : small;
+}
+
+template <class A, class B> DEVICE A least(A a, B b) { return b < a ? A(b) : a; }
+template <class A, class B> DEVICE A most(A a, B b) { return b > a ? A(b) : a; }
+DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- Memory -------------------------------------------------------------------------------------------------
+
+// COUNT neighbouring elements, moved by one instruction where that is 4, 8 or 16 bytes.
+template <class T, int COUNT> struct alignas(sizeof(T) * COUNT) Pack {
+    T at[COUNT];
+};
+
+template <class T, int COUNT> DEVICE Pack<T, COUNT> load_pack(const T* from) {
+    return *reinterpret_cast<const Pack<T, COUNT>*>(from);
+}
+template <class T, int COUNT> DEVICE void store_pack(T* to, const Pack<T, COUNT>& value) {
+    *reinterpret_cast<Pack<T, COUNT>*>(to) = value;
+}
+
+// True if packs of COUNT elements can start at every row.
+template <class T, int COUNT> DEVICE bool packable(const T* from, int64_t stride) {
+    return reinterpret_cast<uint64_t>(from) % (sizeof(T) * COUNT) == 0 && stride % COUNT == 0;
+}
+
+// Sixteen bytes from device to shared memory without passing a register; done after copies_wait and a barrier.
+DEVICE void copy_async_16(void* shared, const void* global) {
+#ifdef ON_CARD
+    uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+#else
+    emulation::copy_async(shared, global, 16);
+#endif
+}
+DEVICE void copies_commit() {
+#ifdef ON_CARD
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+    emulation::copies_commit();
+#endif
+}
+// Waits until at most PENDING groups of this thread's copies are under way.
+template <int PENDING> DEVICE void copies_wait() {
+#ifdef ON_CARD
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#else
+    emulation::copies_wait(PENDING);
+#endif
+}
+
+// ---- Warps and blocks ---------------------------------------------------------------------------------------
+
+DEVICE int lane_id() { return threadIdx.x % WARP; }
+DEVICE int warp_id() { return threadIdx.x / WARP; }
+
+// Sum over groups of LANES neighbouring lanes, in the same order in every lane.
+template <int LANES = WARP> DEVICE float warp_sum(float value) {
+#pragma unroll
+    for (int step = LANES / 2; step > 0; step /= 2) value += __shfl_xor_sync(FULL_WARP, value, step);
+    return value;
+}
+template <int LANES = WARP> DEVICE float warp_max(float value) {
+#pragma unroll
+    for (int step = LANES / 2; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(FULL_WARP, value, step));
+    return value;
+}
+
+// Sum over a block of up to 1024 threads along x; `room` is 32 floats of shared memory that nobody else uses.
+// Every thread must call it and gets the sum.
+DEVICE float block_sum(float value, float* room) {
+    value = warp_sum(value);
+    int warps = (blockDim.x + WARP - 1) / WARP;
+    if (warps == 1) return value;
+    __syncthreads();
+    if (lane_id() == 0) room[warp_id()] = value;
+    __syncthreads();
+    return warp_sum(lane_id() < warps ? room[lane_id()] : 0.0f);
+}
