@@ -5,6 +5,7 @@ pub mod causal_conv1d;
 pub mod elementwise;
 pub mod embedding;
 pub mod gather;
+pub mod gpu;
 pub mod linear_cross_entropy;
 pub mod matmul;
 pub mod norm;

@@ -84,3 +84,46 @@ pub(crate) fn same_bits(name: &str, got: &Tensor, want: &Tensor) {
 pub(crate) fn on_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
     rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(f)
 }
+
+/// The emulated GPU, and the card if there is one.
+pub(crate) fn gpus() -> Vec<elapid_tensor::cuda::Gpu> {
+    use elapid_tensor::cuda::Gpu;
+    let mut gpus = vec![Gpu::emulated().unwrap()];
+    match Gpu::open(0) {
+        Ok(gpu) => gpus.push(gpu),
+        Err(error) => eprintln!("no card, the emulation alone is tested: {error}"),
+    }
+    gpus
+}
+
+/// Values of an element type as f64, and back from f64.
+pub(crate) fn to_element<T: elapid_tensor::Element>(values: &[f32]) -> Vec<T> {
+    values.iter().map(|&value| T::from_f64(f64::from(value))).collect()
+}
+
+/// [`to_element`], the other way.
+pub(crate) fn from_element<T: elapid_tensor::Element>(values: &[T]) -> Vec<f64> {
+    values.iter().map(|value| value.to_f64()).collect()
+}
+
+/// Random sequences over random slots: some empty, some continued, with some slots of nobody.
+pub(crate) fn random_sequences(seed: u64, lengths: &[usize]) -> elapid_tensor::Sequences {
+    use elapid_tensor::{Sequence, Sequences};
+    let mut rng = elapid_tensor::rng::Rng::new(seed, 0x5e9);
+    let slots = lengths.len() + 1;
+    let shift = (rng.next_u64() % slots as u64) as usize;
+    let mut start = 0;
+    let sequences = lengths.iter().enumerate().map(|(s, &len)| {
+        let sequence = Sequence {
+            start,
+            len,
+            slot: (s + shift) % slots,
+            continued: rng.next_u64() & 1 == 1,
+            position: 0,
+            id: s as u64,
+        };
+        start += len;
+        sequence
+    });
+    Sequences::new(sequences.collect(), slots).unwrap()
+}

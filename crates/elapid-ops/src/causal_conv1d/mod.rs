@@ -6,10 +6,13 @@
 
 mod backward;
 mod cpu;
+pub mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_cuda;
 
 use backward::Outer;
 use cpu::{Convolution, tap_major};

@@ -5,9 +5,12 @@
 //! `residual_out` alone and makes the statistics again.
 
 mod cpu;
+pub mod cuda;
 pub mod reference;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_cuda;
 
 use elapid_tensor::autograd::{Backward, Saved, record};
 use elapid_tensor::{DType, Device, Result, Tensor};

@@ -191,6 +191,16 @@ impl Card {
         })
     }
 
+    pub(super) fn copy_within(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: the caller owns as many bytes at both places.
+        self.call("cuMemcpyDtoDAsync", || unsafe {
+            cu::memcpy_dtod_async(to, from, bytes, self.stream)
+        })
+    }
+
     pub(super) fn copy_out(&self, address: u64, to: &mut [u8]) -> Result<()> {
         if to.is_empty() {
             return Ok(());

@@ -45,6 +45,7 @@ const DRIVER: Wanted = Wanted {
         "cuMemGetInfo_v2",
         "cuMemcpyHtoDAsync_v2",
         "cuMemcpyDtoHAsync_v2",
+        "cuMemcpyDtoDAsync_v2",
         "cuMemsetD8Async",
         "cuModuleLoadData",
         "cuModuleGetFunction",

@@ -180,6 +180,24 @@ impl<T: Pod> DeviceBuffer<T> {
         }
     }
 
+    /// A copy in the same GPU's memory.
+    ///
+    /// # Errors
+    /// As [`Gpu::scratch`].
+    pub fn duplicate(&self) -> Result<Self> {
+        let copy = self.gpu.scratch::<T>(self.len)?;
+        let bytes = self.len * size_of::<T>();
+        match self.gpu.driver() {
+            Driver::Card(card) => card.copy_within(copy.address, self.address, bytes)?,
+            // SAFETY: both blocks hold as many bytes, and the copy is nobody else's.
+            Driver::Host => unsafe {
+                (copy.address as *mut u8)
+                    .copy_from_nonoverlapping(self.address as *const u8, bytes);
+            },
+        }
+        Ok(copy)
+    }
+
     /// The elements, after all work before this call.
     ///
     /// # Errors

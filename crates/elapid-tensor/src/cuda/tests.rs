@@ -115,6 +115,8 @@ fn memory_is_used_again_and_counted() {
     for gpu in gpus() {
         let first = gpu.zeros::<f32>(1000).unwrap();
         assert!(first.read().unwrap().iter().all(|&value| value == 0.0));
+        let values: Vec<f32> = (0..1000).map(|i| i as f32).collect();
+        assert_eq!(gpu.upload(&values).unwrap().duplicate().unwrap().read().unwrap(), values);
         let held = gpu.usage().in_use;
         assert!(held >= 4000);
         let address = first.address();

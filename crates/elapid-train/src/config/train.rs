@@ -125,7 +125,8 @@ pub struct OptimizerConfig {
     pub weight_decay: f64,
     /// Scale the gradient down to this global norm; 0 leaves it as it is.
     pub clip_norm: f64,
-    /// Stop when the gradient norm exceeds this many times its recent average; 0 never stops.
+    /// Stop when the gradient norm exceeds this many times what is usual (its recent average, or `clip_norm` if
+    /// that is more); 0 never stops.
     pub max_grad_norm_factor: f64,
 }
 

@@ -38,8 +38,15 @@ impl NormWatch {
     /// Norms that must have been seen before any is called an explosion.
     const WARM: u64 = 20;
 
-    fn exploded(&self, norm: f64, factor: f64) -> bool {
-        factor > 0.0 && self.seen >= Self::WARM && norm > factor * self.average
+    /// What is usual: the average, but not less than what clipping leaves alone. A task that is solved has
+    /// gradients near zero, and one sample that it still gets wrong is no explosion.
+    fn usual(&self, clip_norm: f64) -> f64 {
+        self.average.max(clip_norm)
+    }
+
+    fn exploded(&self, norm: f64, config: &OptimizerConfig) -> bool {
+        let factor = config.max_grad_norm_factor;
+        factor > 0.0 && self.seen >= Self::WARM && norm > factor * self.usual(config.clip_norm)
     }
 
     fn observe(&mut self, norm: f64) {
@@ -131,10 +138,10 @@ pub fn train_step(
         };
         return Err(diverged(step, format!("the gradient norm is {norm}"), bad));
     }
-    if watch.exploded(norm, config.max_grad_norm_factor) {
-        let (factor, average) = (config.max_grad_norm_factor, watch.average);
+    if watch.exploded(norm, config) {
+        let (factor, usual) = (config.max_grad_norm_factor, watch.usual(config.clip_norm));
         let what = format!(
-            "the gradient norm {norm:.3e} is over {factor} times its average {average:.3e}"
+            "the gradient norm {norm:.3e} is over {factor} times the usual {usual:.3e} (its average, or clip_norm)"
         );
         return Err(diverged(step, what, largest(optimizer, &gradients)));
     }
@@ -168,4 +175,22 @@ fn largest(optimizer: &AdamW, gradients: &[Option<Tensor>]) -> Option<String> {
     norms
         .max_by(|a, b| a.1.total_cmp(&b.1))
         .map(|(name, norm)| format!("gradient of {name} (norm {norm:.3e})"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrong_sample_after_many_right_ones_is_no_explosion() {
+        let mut watch = NormWatch::default();
+        (0..1000).for_each(|_| watch.observe(1e-5));
+        let config = OptimizerConfig::default();
+        assert!(!watch.exploded(900.0, &config));
+        assert!(watch.exploded(1100.0, &config));
+        // Nothing bounds a step without clipping, so the average alone counts.
+        let unclipped = OptimizerConfig { clip_norm: 0.0, ..config };
+        assert!(watch.exploded(0.1, &unclipped));
+        assert!(!watch.exploded(0.001, &unclipped));
+    }
 }

@@ -1,6 +1,7 @@
 //! `elapid doctor`: what this machine offers, whether the fast code computes right on it, and whether a
 //! model is sound.
 
+mod gpu;
 pub mod machine;
 mod self_check;
 
@@ -13,6 +14,7 @@ use std::path::{Path, PathBuf};
 use crate::cli::{Global, JsonArgument};
 use crate::model_folder;
 use crate::output::{Table, bytes, grouped, print_json};
+use gpu::Gpus;
 use machine::Machine;
 use self_check::Check;
 
@@ -42,6 +44,7 @@ struct Report {
     dtype: String,
     threads: usize,
     machine: Machine,
+    gpus: Gpus,
     checks: Vec<Check>,
     model: Option<Model>,
     healthy: bool,
@@ -69,6 +72,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
         dtype: global.dtype.to_string(),
         threads: rayon::current_num_threads(),
         machine: Machine::this(),
+        gpus: Gpus::find(),
         checks,
         model,
         healthy,
@@ -124,6 +128,7 @@ fn table(report: &Report) -> Table {
         format!("{}, {} free", memory(machine.memory_bytes), memory(machine.free_bytes)),
     );
     table.row("device", format!("{}, computes in {}", report.device, report.dtype));
+    report.gpus.rows(&mut table);
     for check in &report.checks {
         let verdict = if check.passed { "ok" } else { "FAILED" };
         table.row(

@@ -1,0 +1,263 @@
+//! The convolution on a GPU: what `cuda.cu` is given and in what order.
+
+use elapid_tensor::cuda::{DeviceBuffer, Gpu, KernelArguments, Launch, Module, Result, Source};
+
+use crate::gpu::{DeviceSequences, GpuElement, Rows, array, optional, wrong};
+
+const OP: &str = "causal_conv1d";
+
+static SOURCE: Source = Source { name: OP, text: include_str!("cuda.cu"), headers: &[] };
+
+/// Warps of a block.
+const WARPS: usize = 8;
+/// Tokens that a warp walks.
+const RUN: usize = 64;
+
+/// Arguments of the convolution in device memory; arrays are f32, `x` and `y` of type T.
+#[derive(Debug)]
+pub struct Inputs<'a, T> {
+    /// Input `[T, E]`.
+    pub x: Rows<'a, T>,
+    /// Taps `[E, W]`, the newest last.
+    pub weight: &'a DeviceBuffer<f32>,
+    /// Bias `[E]`.
+    pub bias: Option<&'a DeviceBuffer<f32>>,
+    /// Inputs before the first token `[slots, E, W - 1]`, oldest first.
+    pub state: Option<&'a DeviceBuffer<f32>>,
+    /// The sequences of the batch.
+    pub sequences: &'a DeviceSequences,
+    /// E.
+    pub channels: usize,
+    /// W.
+    pub width: usize,
+    /// Whether SiLU follows.
+    pub silu: bool,
+}
+
+/// Gradients by the inputs.
+#[derive(Debug)]
+pub struct Gradients<T> {
+    /// `[T, E]`
+    pub x: DeviceBuffer<T>,
+    /// `[E, W]`
+    pub weight: DeviceBuffer<f32>,
+    /// `[E]`
+    pub bias: DeviceBuffer<f32>,
+    /// `[slots, E, W - 1]`
+    pub state: DeviceBuffer<f32>,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ForwardArguments {
+    x: u64,
+    x_stride: i64,
+    weight: u64,
+    bias: u64,
+    state: u64,
+    y: u64,
+    y_stride: i64,
+    state_out: u64,
+    sequences: u64,
+    sequence_count: i64,
+    tokens: i64,
+    channels: i64,
+    run: i64,
+}
+// SAFETY: the layout of `ForwardArguments` in cuda.cu.
+unsafe impl KernelArguments for ForwardArguments {}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct BackwardArguments {
+    x: u64,
+    x_stride: i64,
+    weight: u64,
+    bias: u64,
+    state: u64,
+    dy: u64,
+    dy_stride: i64,
+    dstate: u64,
+    dx: u64,
+    dx_stride: i64,
+    dstate_in: u64,
+    partial: u64,
+    sequences: u64,
+    sequence_count: i64,
+    tokens: i64,
+    channels: i64,
+    run: i64,
+}
+// SAFETY: the layout of `BackwardArguments` in cuda.cu.
+unsafe impl KernelArguments for BackwardArguments {}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ReduceArguments {
+    partial: u64,
+    parts: i64,
+    channels: i64,
+    dweight: u64,
+    dbias: u64,
+}
+// SAFETY: the layout of `ReduceArguments` in cuda.cu.
+unsafe impl KernelArguments for ReduceArguments {}
+
+impl<T: GpuElement> Inputs<'_, T> {
+    fn tokens(&self) -> usize {
+        self.sequences.host().tokens()
+    }
+
+    fn state_len(&self) -> usize {
+        self.sequences.host().slots() * self.channels * (self.width - 1)
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.channels == 0 || self.width == 0 {
+            return Err(wrong(OP, "there are no channels or no taps".into()));
+        }
+        if self.state.is_none() && self.sequences.host().any_continued() {
+            return Err(wrong(OP, "a sequence continues, expected a state, got none".into()));
+        }
+        Ok(())
+    }
+
+    fn module(&self, gpu: &Gpu) -> Result<Module> {
+        let width = self.width.to_string();
+        let silu = if self.silu { "1" } else { "0" };
+        gpu.module(&SOURCE, &[("ELEMENT", T::CUDA), ("WIDTH", &width), ("SILU", silu)])
+    }
+
+    /// Blocks along y: runs of tokens.
+    fn run_blocks(&self) -> usize {
+        self.tokens().div_ceil(RUN * WARPS).max(1)
+    }
+
+    fn launch(&self, pack: usize, shared_floats: usize) -> Launch {
+        let columns = self.channels.div_ceil(32 * pack);
+        Launch {
+            grid: [columns as u32, self.run_blocks() as u32, 1],
+            block: [(32 * WARPS) as u32, 1, 1],
+            shared: (shared_floats * 4) as u32,
+        }
+    }
+}
+
+/// Channels of a thread, as `cuda.cu` chooses them.
+fn forward_pack<T>(width: usize) -> usize {
+    match width {
+        ..=4 => 16 / size_of::<T>(),
+        ..=8 => 4,
+        _ => 1,
+    }
+}
+
+fn backward_pack(width: usize) -> usize {
+    match width {
+        ..=4 => 4,
+        ..=8 => 2,
+        _ => 1,
+    }
+}
+
+/// Output `[T, E]` and the state after the batch `[slots, E, W - 1]`.
+///
+/// # Errors
+/// If a buffer does not fit, or the GPU fails.
+pub fn forward<T: GpuElement>(
+    gpu: &Gpu,
+    inputs: &Inputs<'_, T>,
+) -> Result<(DeviceBuffer<T>, DeviceBuffer<f32>)> {
+    inputs.check()?;
+    let (tokens, channels, width) = (inputs.tokens(), inputs.channels, inputs.width);
+    let y = gpu.scratch::<T>(tokens * channels)?;
+    let state_out = match inputs.state {
+        Some(state) => state.duplicate()?,
+        None => gpu.zeros(inputs.state_len())?,
+    };
+    let arguments = ForwardArguments {
+        x: inputs.x.address(OP, tokens, channels)?,
+        x_stride: inputs.x.stride(),
+        weight: array(OP, "weight", inputs.weight, channels * width)?,
+        bias: optional(OP, "bias", inputs.bias, channels)?,
+        state: optional(OP, "state", inputs.state, inputs.state_len())?,
+        y: y.address(),
+        y_stride: channels as i64,
+        state_out: state_out.address(),
+        sequences: inputs.sequences.address(),
+        sequence_count: inputs.sequences.host().len() as i64,
+        tokens: tokens as i64,
+        channels: channels as i64,
+        run: RUN as i64,
+    };
+    let kernel = inputs.module(gpu)?.kernel("causal_conv1d_forward")?;
+    let pack = forward_pack::<T>(width);
+    let launch = inputs.launch(pack, 33 * pack * width);
+    // SAFETY: the extents of all arrays were checked above and the sequences lie within the tokens.
+    unsafe { gpu.launch(&kernel, launch, &arguments)? };
+    Ok((y, state_out))
+}
+
+/// Gradients by the inputs, given those of the output `[T, E]` and of the state after the batch. The sums of the
+/// parameters' gradients have an order that only T decides.
+///
+/// # Errors
+/// As [`forward`].
+pub fn backward<T: GpuElement>(
+    gpu: &Gpu,
+    inputs: &Inputs<'_, T>,
+    dy: Rows<'_, T>,
+    dstate: Option<&DeviceBuffer<f32>>,
+) -> Result<Gradients<T>> {
+    inputs.check()?;
+    let (tokens, channels, width) = (inputs.tokens(), inputs.channels, inputs.width);
+    let parts = inputs.run_blocks();
+    let found = Gradients {
+        x: gpu.scratch(tokens * channels)?,
+        weight: gpu.scratch(channels * width)?,
+        bias: gpu.scratch(channels)?,
+        state: match dstate {
+            Some(dstate) => dstate.duplicate()?,
+            None => gpu.zeros(inputs.state_len())?,
+        },
+    };
+    let partial = gpu.scratch::<f32>(parts * (width + 1) * channels)?;
+    let arguments = BackwardArguments {
+        x: inputs.x.address(OP, tokens, channels)?,
+        x_stride: inputs.x.stride(),
+        weight: array(OP, "weight", inputs.weight, channels * width)?,
+        bias: optional(OP, "bias", inputs.bias, channels)?,
+        state: optional(OP, "state", inputs.state, inputs.state_len())?,
+        dy: dy.address(OP, tokens, channels)?,
+        dy_stride: dy.stride(),
+        dstate: optional(OP, "dstate", dstate, inputs.state_len())?,
+        dx: found.x.address(),
+        dx_stride: channels as i64,
+        dstate_in: found.state.address(),
+        partial: partial.address(),
+        sequences: inputs.sequences.address(),
+        sequence_count: inputs.sequences.host().len() as i64,
+        tokens: tokens as i64,
+        channels: channels as i64,
+        run: RUN as i64,
+    };
+    let module = inputs.module(gpu)?;
+    let pack = backward_pack(width);
+    let floats = (33 * pack * width).max(32 * WARPS * pack * (width + 1));
+    // SAFETY: the extents of all arrays were checked above and the sequences lie within the tokens.
+    unsafe {
+        let launch = inputs.launch(pack, floats);
+        gpu.launch(&module.kernel("causal_conv1d_backward")?, launch, &arguments)?;
+        let reduce = ReduceArguments {
+            partial: partial.address(),
+            parts: parts as i64,
+            channels: channels as i64,
+            dweight: found.weight.address(),
+            dbias: found.bias.address(),
+        };
+        let blocks = ((width + 1) * channels).div_ceil(256);
+        let launch = Launch::linear(blocks as u32, 256);
+        gpu.launch(&module.kernel("causal_conv1d_parameters")?, launch, &reduce)?;
+    }
+    Ok(found)
+}

@@ -1,0 +1,273 @@
+// RMSNorm and LayerNorm over rows, fused with the addition of the residual stream, forward and backward.
+//
+// A block owns a row at a time and keeps it in registers, PACKS packs of four elements a thread, so that memory is
+// read once; it goes on to further rows with the weight still in registers. A row's sums have an order that its width
+// and the block's size decide. Statistics are made again in backward. Gradients of weight and bias are summed over
+// the block's rows in order, then over blocks in order.
+//
+// Macros: ELEMENT, the type of x, y, dy and dx; SAVED, the type of what backward reads as r (float after a residual
+// addition, else that of x); CENTER (1: LayerNorm, 0: RMSNorm); PACKS, at least ceil(C / (4 threads)); THREADS, the
+// most threads of a block of the first two kernels (1024 unless set: fewer leave more registers).
+#include "prelude.cuh"
+
+using T = ELEMENT;
+using R = SAVED;
+
+constexpr int PACK = 4;
+#ifndef THREADS
+#define THREADS 1024
+#endif
+
+struct ForwardArguments {
+    const T* x;  // [T, C]
+    int64_t x_stride;
+    const float* residual;  // [T, C], or null
+    int64_t residual_stride;
+    const float* weight;  // [C], or null
+    const float* bias;    // [C], or null
+    T* y;                 // [T, C]
+    int64_t y_stride;
+    float* residual_out;  // [T, C]: x + residual, or null
+    int64_t residual_out_stride;
+    int64_t rows;
+    int64_t width;
+    double eps;
+};
+
+struct BackwardArguments {
+    const R* r;  // [T, C]
+    int64_t r_stride;
+    const float* weight;  // [C], or null
+    const T* dy;          // [T, C]
+    int64_t dy_stride;
+    const float* dsum;  // [T, C]: the gradient that r has besides, or null; may be dr
+    int64_t dsum_stride;
+    float* dr;  // [T, C], or null
+    int64_t dr_stride;
+    T* dx;  // [T, C]: dr rounded, or null
+    int64_t dx_stride;
+    float* partial;  // [blocks, 2, C]: gradients of weight and bias, or null
+    int64_t rows;
+    int64_t rows_per_block;
+    int64_t width;
+    double eps;
+};
+
+struct ReduceArguments {
+    const float* partial;  // [parts, 2, C]
+    int64_t parts;
+    int64_t width;
+    float* dweight;  // [C], or null
+    float* dbias;    // [C], or null
+};
+
+// Four elements from `at` on of a row of `width`; 0 (or `beyond`) behind its end.
+template <class E>
+DEVICE void fetch(float (&to)[PACK], const E* row, int64_t at, int64_t width, bool whole, float beyond = 0.0f) {
+    if (whole && at + PACK <= width) {
+        Pack<E, PACK> pack = load_pack<E, PACK>(row + at);
+#pragma unroll
+        for (int i = 0; i < PACK; ++i) to[i] = to_float(pack.at[i]);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < PACK; ++i) to[i] = at + i < width ? to_float(row[at + i]) : beyond;
+}
+template <class E> DEVICE void put(E* row, const float (&from)[PACK], int64_t at, int64_t width, bool whole) {
+    if (whole && at + PACK <= width) {
+        Pack<E, PACK> pack;
+#pragma unroll
+        for (int i = 0; i < PACK; ++i) pack.at[i] = from_float<E>(from[i]);
+        store_pack<E, PACK>(row + at, pack);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < PACK; ++i)
+        if (at + i < width) row[at + i] = from_float<E>(from[i]);
+}
+
+DEVICE int64_t place(int k) { return (int64_t(k) * blockDim.x + threadIdx.x) * PACK; }
+
+struct Pair {
+    float a, b;
+};
+
+// As block_sum, for two sums at once; `room` is 64 floats.
+DEVICE Pair block_sums(Pair value, float* room) {
+    value = {warp_sum(value.a), warp_sum(value.b)};
+    int warps = blockDim.x / WARP;
+    if (warps == 1) return value;
+    __syncthreads();
+    if (lane_id() == 0) {
+        room[warp_id()] = value.a;
+        room[WARP + warp_id()] = value.b;
+    }
+    __syncthreads();
+    bool held = lane_id() < warps;
+    return {warp_sum(held ? room[lane_id()] : 0.0f), warp_sum(held ? room[WARP + lane_id()] : 0.0f)};
+}
+
+// Any number of blocks along x, whole warps a block. Results do not depend on the number of blocks.
+KERNEL(norm_forward, ForwardArguments, THREADS, 1) {
+    __shared__ float room[WARP];
+    bool x_whole = packable<T, PACK>(args.x, args.x_stride), y_whole = packable<T, PACK>(args.y, args.y_stride);
+    bool in_whole = packable<float, PACK>(args.residual, args.residual_stride);
+    bool out_whole = packable<float, PACK>(args.residual_out, args.residual_out_stride);
+    float weight[PACKS][PACK], bias[PACKS][PACK];
+#pragma unroll
+    for (int k = 0; k < PACKS; ++k) {
+#pragma unroll
+        for (int i = 0; i < PACK; ++i) {
+            weight[k][i] = 1.0f;
+            bias[k][i] = 0.0f;
+        }
+        if (args.weight) fetch(weight[k], args.weight, place(k), args.width, packable<float, PACK>(args.weight, 0));
+        if (args.bias) fetch(bias[k], args.bias, place(k), args.width, packable<float, PACK>(args.bias, 0));
+    }
+    float count = float(args.width);
+    for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
+        float r[PACKS][PACK];
+#pragma unroll
+        for (int k = 0; k < PACKS; ++k) fetch(r[k], args.x + row * args.x_stride, place(k), args.width, x_whole);
+        if (args.residual) {
+            const float* from = args.residual + row * args.residual_stride;
+#pragma unroll
+            for (int k = 0; k < PACKS; ++k) {
+                float add[PACK];
+                fetch(add, from, place(k), args.width, in_whole);
+#pragma unroll
+                for (int i = 0; i < PACK; ++i) r[k][i] += add[i];
+            }
+        }
+        if (args.residual_out) {
+            float* to = args.residual_out + row * args.residual_out_stride;
+#pragma unroll
+            for (int k = 0; k < PACKS; ++k) put(to, r[k], place(k), args.width, out_whole);
+        }
+        float mean = 0.0f, square = 0.0f;
+        if (CENTER) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int k = 0; k < PACKS; ++k)
+#pragma unroll
+                for (int i = 0; i < PACK; ++i) sum += r[k][i];
+            mean = block_sum(sum, room) / count;
+        }
+#pragma unroll
+        for (int k = 0; k < PACKS; ++k)
+#pragma unroll
+            for (int i = 0; i < PACK; ++i) {
+                float part = r[k][i] - mean;
+                if (place(k) + i < args.width) square = fmaf(part, part, square);
+            }
+        float scale = 1.0f / sqrtf(block_sum(square, room) / count + float(args.eps));
+#pragma unroll
+        for (int k = 0; k < PACKS; ++k) {
+            float y[PACK];
+#pragma unroll
+            for (int i = 0; i < PACK; ++i) y[i] = fmaf((r[k][i] - mean) * scale, weight[k][i], bias[k][i]);
+            put(args.y + row * args.y_stride, y, place(k), args.width, y_whole);
+        }
+    }
+}
+
+// Grid: ceil(rows / rows_per_block), whole warps a block.
+KERNEL(norm_backward, BackwardArguments, THREADS, 1) {
+    __shared__ float room[2 * WARP];
+    bool r_whole = packable<R, PACK>(args.r, args.r_stride), dy_whole = packable<T, PACK>(args.dy, args.dy_stride);
+    bool dsum_whole = packable<float, PACK>(args.dsum, args.dsum_stride);
+    bool dr_whole = packable<float, PACK>(args.dr, args.dr_stride), dx_whole = packable<T, PACK>(args.dx, args.dx_stride);
+    float weight[PACKS][PACK], dweight[PACKS][PACK], dbias[PACKS][PACK];
+#pragma unroll
+    for (int k = 0; k < PACKS; ++k) {
+#pragma unroll
+        for (int i = 0; i < PACK; ++i) {
+            weight[k][i] = 1.0f;
+            dweight[k][i] = 0.0f;
+            dbias[k][i] = 0.0f;
+        }
+        if (args.weight) fetch(weight[k], args.weight, place(k), args.width, packable<float, PACK>(args.weight, 0));
+    }
+    float count = float(args.width);
+    int64_t first = int64_t(blockIdx.x) * args.rows_per_block;
+    int64_t last = least(first + args.rows_per_block, args.rows);
+    for (int64_t row = first; row < last; ++row) {
+        float r[PACKS][PACK], dy[PACKS][PACK];
+#pragma unroll
+        for (int k = 0; k < PACKS; ++k) {
+            fetch(r[k], args.r + row * args.r_stride, place(k), args.width, r_whole);
+            fetch(dy[k], args.dy + row * args.dy_stride, place(k), args.width, dy_whole);
+        }
+        // Sums of r and of g = dy weight.
+        float mean = 0.0f, middle = 0.0f;
+        if (CENTER) {
+            Pair sums = {0.0f, 0.0f};
+#pragma unroll
+            for (int k = 0; k < PACKS; ++k)
+#pragma unroll
+                for (int i = 0; i < PACK; ++i) {
+                    sums.a += r[k][i];
+                    sums.b = fmaf(dy[k][i], weight[k][i], sums.b);
+                }
+            sums = block_sums(sums, room);
+            mean = sums.a / count;
+            middle = sums.b / count;
+        }
+        // Of the squares and of g (r - mean).
+        Pair sums = {0.0f, 0.0f};
+#pragma unroll
+        for (int k = 0; k < PACKS; ++k)
+#pragma unroll
+            for (int i = 0; i < PACK; ++i) {
+                if (place(k) + i >= args.width) continue;
+                float part = r[k][i] - mean;
+                sums.a = fmaf(part, part, sums.a);
+                sums.b = fmaf(dy[k][i] * weight[k][i], part, sums.b);
+            }
+        sums = block_sums(sums, room);
+        float scale = 1.0f / sqrtf(sums.a / count + float(args.eps));
+        float along = sums.b * scale / count;
+#pragma unroll
+        for (int k = 0; k < PACKS; ++k) {
+            float dr[PACK];
+            if (args.dsum) fetch(dr, args.dsum + row * args.dsum_stride, place(k), args.width, dsum_whole);
+#pragma unroll
+            for (int i = 0; i < PACK; ++i) {
+                float normed = (r[k][i] - mean) * scale;
+                float grad = scale * (dy[k][i] * weight[k][i] - middle - normed * along);
+                dr[i] = args.dsum ? dr[i] + grad : grad;
+                dweight[k][i] = fmaf(dy[k][i], normed, dweight[k][i]);
+                dbias[k][i] += dy[k][i];
+            }
+            if (args.dr) put(args.dr + row * args.dr_stride, dr, place(k), args.width, dr_whole);
+            if (args.dx) put(args.dx + row * args.dx_stride, dr, place(k), args.width, dx_whole);
+        }
+    }
+    if (!args.partial) return;
+    float* to = args.partial + int64_t(blockIdx.x) * 2 * args.width;
+    bool whole = packable<float, PACK>(args.partial, args.width);
+#pragma unroll
+    for (int k = 0; k < PACKS; ++k) {
+        put(to, dweight[k], place(k), args.width, whole);
+        put(to + args.width, dbias[k], place(k), args.width, whole);
+    }
+}
+
+// Grid: ceil(2 C / 32), block: 32 lanes of neighbouring values times up to 32 warps over the parts. The warps' sums
+// run over parts warp, warp + warps, ... and are then added in order.
+KERNEL(norm_parameters, ReduceArguments, 1024, 1) {
+    __shared__ float room[WARP][WARP + 1];
+    int64_t k = int64_t(blockIdx.x) * WARP + lane_id(), size = 2 * args.width;
+    int warps = blockDim.x / WARP;
+    float sum = 0.0f;
+    if (k < size) {
+#pragma unroll 4
+        for (int64_t part = warp_id(); part < args.parts; part += warps) sum += args.partial[part * size + k];
+    }
+    room[warp_id()][lane_id()] = sum;
+    __syncthreads();
+    if (warp_id() > 0 || k >= size) return;
+    for (int warp = 1; warp < warps; ++warp) sum += room[warp][lane_id()];
+    float* to = k < args.width ? args.dweight : args.dbias;
+    if (to) to[k < args.width ? k : k - args.width] = sum;
+}
