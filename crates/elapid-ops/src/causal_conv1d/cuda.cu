@@ -6,8 +6,9 @@
 // newest, so runs, warps and other sequences never change its bits. A border is where the walk of one sequence ends
 // and that of the next begins: no value of one document takes part in another's arithmetic.
 //
-// Macros: ELEMENT (float or bf16), WIDTH (taps W), SILU (1 or 0); FORWARD_PACK and BACKWARD_PACK (channels a thread) may
-// be set, and are powers of two of at most 16 bytes.
+// Macros: ELEMENT (float or bf16), WIDTH (taps W), SILU (1 or 0). May be set for tuning: FORWARD_PACK and
+// BACKWARD_PACK (channels a thread: a power of two of at most 16 bytes), FORWARD_TOKENS and BACKWARD_TOKENS,
+// FORWARD_BLOCKS and BACKWARD_BLOCKS.
 #include "prelude.cuh"
 
 using T = ELEMENT;
@@ -27,7 +28,7 @@ constexpr int KEPT = HISTORY > 0 ? HISTORY : 1;
 #define FORWARD_TOKENS 4
 #endif
 #ifndef BACKWARD_TOKENS
-#define BACKWARD_TOKENS 2
+#define BACKWARD_TOKENS 4
 #endif
 // Blocks of 256 threads that a multiprocessor shall hold.
 #ifndef FORWARD_BLOCKS
@@ -133,17 +134,18 @@ template <int PACK> DEVICE void widen(float* to, const Words<PACK>& from) {
         to[i] = float_of(sizeof(T) == 4 ? word : i % 2 ? word & 0xffff0000u : word << 16);
     }
 }
+
 template <bool FAST, int PACK> DEVICE void put(T* to, const float* from, int count) {
     Pack<T, PACK> value;
 #pragma unroll
     for (int i = 0; i < PACK; ++i) value.at[i] = from_float<T>(from[i]);
-    if (FAST) {
+    if constexpr (FAST) {
         store_pack<T, PACK>(to, value);
-        return;
-    }
+    } else {
 #pragma unroll
-    for (int i = 0; i < PACK; ++i)
-        if (i < count) to[i] = value.at[i];
+        for (int i = 0; i < PACK; ++i)
+            if (i < count) to[i] = value.at[i];
+    }
 }
 
 // The first sequence that starts at `first` or later, or the one before it if it reaches beyond `first`.
@@ -385,7 +387,8 @@ template <bool FAST, int PACK> struct Gradients {
         for (int w = 0; w < TAPS; ++w) {
             if (t - w < sequence.start || t - w >= end) continue;
 #pragma unroll
-            for (int i = 0; i < PACK; ++i) sum[i] = fmaf(taps[i][w], w == 0 ? g[i] : late[w == 0 ? 0 : KEPT - w][i], sum[i]);
+            for (int i = 0; i < PACK; ++i)
+                sum[i] = fmaf(taps[i][w], w == 0 ? g[i] : late[w == 0 ? 0 : KEPT - w][i], sum[i]);
         }
         if (u >= sequence.start) {
             put<FAST, PACK>(args.dx + u * args.dx_stride + lane.channel, sum, lane.count);

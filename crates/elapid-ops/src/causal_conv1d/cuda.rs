@@ -146,16 +146,16 @@ impl<T: GpuElement> Inputs<'_, T> {
 /// Channels of a thread, as `cuda.cu` chooses them.
 fn forward_pack<T>(width: usize) -> usize {
     match width {
-        ..=4 => 16 / size_of::<T>(),
-        ..=8 => 4,
+        0..=4 => 16 / size_of::<T>(),
+        5..=8 => 4,
         _ => 1,
     }
 }
 
 fn backward_pack(width: usize) -> usize {
     match width {
-        ..=4 => 4,
-        ..=8 => 2,
+        0..=4 => 4,
+        5..=8 => 2,
         _ => 1,
     }
 }

@@ -176,7 +176,8 @@ KERNEL(norm_backward, BackwardArguments, THREADS, 1) {
     __shared__ float room[2 * WARP];
     bool r_whole = packable<R, PACK>(args.r, args.r_stride), dy_whole = packable<T, PACK>(args.dy, args.dy_stride);
     bool dsum_whole = packable<float, PACK>(args.dsum, args.dsum_stride);
-    bool dr_whole = packable<float, PACK>(args.dr, args.dr_stride), dx_whole = packable<T, PACK>(args.dx, args.dx_stride);
+    bool dr_whole = packable<float, PACK>(args.dr, args.dr_stride);
+    bool dx_whole = packable<T, PACK>(args.dx, args.dx_stride);
     float weight[PACKS][PACK], dweight[PACKS][PACK], dbias[PACKS][PACK];
 #pragma unroll
     for (int k = 0; k < PACKS; ++k) {

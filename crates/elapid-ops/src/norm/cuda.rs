@@ -11,7 +11,7 @@ static SOURCE: Source = Source { name: OP, text: include_str!("cuda.cu"), header
 /// Rows of a block in backward: part of the order in which the parameters' gradients are summed.
 const BACKWARD_ROWS: usize = 32;
 /// Most threads of a block.
-const THREADS: usize = 256;
+const THREADS: usize = 1024;
 
 /// What is done with a row.
 #[derive(Debug, Clone, Copy)]
@@ -107,9 +107,15 @@ impl Norm<'_> {
             return Err(wrong(OP, "rows have no elements".into()));
         }
         let packs = self.width.div_ceil(4 * self.threads()).to_string();
+        let threads = self.threads().to_string();
         let center = if self.center { "1" } else { "0" };
-        let macros =
-            [("ELEMENT", T::CUDA), ("SAVED", R::CUDA), ("CENTER", center), ("PACKS", &packs)];
+        let macros = [
+            ("ELEMENT", T::CUDA),
+            ("SAVED", R::CUDA),
+            ("CENTER", center),
+            ("PACKS", &packs),
+            ("THREADS", &threads),
+        ];
         gpu.module(&SOURCE, &macros)
     }
 }

@@ -16,6 +16,7 @@ mod backward;
 mod backward_rows;
 mod chunks;
 mod cpu;
+pub mod cuda;
 mod field;
 mod forward;
 mod partial;

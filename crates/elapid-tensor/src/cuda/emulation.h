@@ -47,7 +47,6 @@ inline float exp2(float x) {
     float y = ::exp2f(x);
     return y < 1.17549435e-38f ? 0.0f : y;
 }
-inline float log2(float x) { return ::log2f(x); }
 
 constexpr int LANES = 32;
 constexpr size_t STACK = 64 << 10;

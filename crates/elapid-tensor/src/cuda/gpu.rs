@@ -94,8 +94,9 @@ impl Gpu {
     /// The kernels on the host, for tests: slow, but the same texts and the same calls.
     ///
     /// # Errors
-    /// Never; the compiler is looked for when the first kernel is wanted.
+    /// If there is no C++ compiler (`c++`, or what CXX names).
     pub fn emulated() -> Result<Self> {
+        host::check_compiler()?;
         Ok(Self::new(Driver::Host))
     }
 

@@ -26,9 +26,24 @@ pub(super) struct Entry {
     pub(super) arguments: u32,
 }
 
+fn compiler() -> String {
+    std::env::var("CXX").unwrap_or_else(|_| "c++".into())
+}
+
+/// Whether kernels can be compiled here at all.
+pub(super) fn check_compiler() -> Result<()> {
+    match Command::new(compiler()).arg("--version").output() {
+        Ok(output) if output.status.success() => Ok(()),
+        _ => Err(GpuError::Missing {
+            library: "a C++ compiler",
+            remedy: "install g++ or clang++, or set CXX",
+        }),
+    }
+}
+
 impl HostModule {
     pub(super) fn compile(source: &Source, macros: &[(&str, &str)]) -> Result<Self> {
-        let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
+        let compiler = compiler();
         // Sanitizers, say.
         let extra = std::env::var("ELAPID_EMULATION_FLAGS").unwrap_or_default();
         let mut options: Vec<String> =

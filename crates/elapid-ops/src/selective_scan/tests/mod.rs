@@ -2,6 +2,7 @@
 //! both, and the properties that hold bit for bit.
 
 mod case;
+mod cuda;
 mod golden;
 mod isolation;
 mod reference;

@@ -1,0 +1,134 @@
+//! The kernels of the scan, emulated and on the card, against the reference.
+
+use elapid_tensor::cuda::Gpu;
+use elapid_tensor::{Sequences, bf16};
+
+use super::super::Gradients;
+use super::super::cuda::{Cut, Inputs, Plan, backward, forward};
+use super::Case;
+use super::case::{Results, near, scattered};
+use crate::gpu::{GpuElement, Rows};
+use crate::testing::{from_element, gpus, to_element};
+
+/// Everything, by the kernels, with values of type T where the arguments are of that type.
+fn run<T: GpuElement>(gpu: &Gpu, case: &Case<f32>, cut: Cut) -> Results<f64> {
+    let groups = case.groups[0].unwrap();
+    let (e, n) = (case.channels, case.states);
+    let plan = Plan::new(gpu, &case.sequences, (e, groups, n), cut).unwrap();
+    let typed = |values: &[f32]| gpu.upload(&to_element::<T>(values)).unwrap();
+    let plain = |values: &Option<Vec<f32>>| values.as_ref().map(|v| gpu.upload(v).unwrap());
+    let (u, delta, b, c) = (typed(&case.u), typed(&case.delta), typed(&case.b), typed(&case.c));
+    let z = case.z.as_ref().map(|z| typed(z));
+    let a = gpu.upload(&case.a).unwrap();
+    let (d, bias, h0) = (plain(&case.d), plain(&case.bias), plain(&case.h0));
+    let (dy, dlast) = (typed(&case.dy), plain(&case.dlast));
+    let inputs = Inputs {
+        u: Rows::new(&u, e),
+        delta: Rows::new(&delta, e),
+        a: &a,
+        b: Rows::new(&b, groups * n),
+        c: Rows::new(&c, groups * n),
+        d: d.as_ref(),
+        z: z.as_ref().map(|z| Rows::new(z, e)),
+        delta_bias: bias.as_ref(),
+        delta_softplus: case.softplus,
+        state: h0.as_ref(),
+        plan: &plan,
+    };
+    let (y, last, chunks) = forward(gpu, &inputs, true).unwrap();
+    let grad = backward(gpu, &inputs, &chunks.unwrap(), Rows::new(&dy, e), dlast.as_ref()).unwrap();
+    let typed =
+        |values: &elapid_tensor::cuda::DeviceBuffer<T>| from_element(&values.read().unwrap());
+    let plain =
+        |values: &elapid_tensor::cuda::DeviceBuffer<f32>| from_element(&values.read().unwrap());
+    Results {
+        y: typed(&y),
+        last: plain(&last),
+        grad: Gradients {
+            u: typed(&grad.u),
+            delta: typed(&grad.delta),
+            a: plain(&grad.a),
+            b: typed(&grad.b),
+            c: typed(&grad.c),
+            d: plain(&grad.d),
+            z: typed(&grad.z),
+            delta_bias: plain(&grad.delta_bias),
+            h0: if case.h0.is_some() { plain(&grad.state) } else { Vec::new() },
+        },
+    }
+}
+
+/// The case with its typed values rounded, so that only the arithmetic differs.
+fn rounded<T: GpuElement>(mut case: Case<f32>) -> Case<f32> {
+    let round = |values: &mut Vec<f32>| {
+        *values = from_element(&to_element::<T>(values)).iter().map(|&v| v as f32).collect();
+    };
+    let all = [&mut case.u, &mut case.delta, &mut case.b, &mut case.c, &mut case.dy];
+    all.into_iter().chain(&mut case.z).for_each(round);
+    case
+}
+
+fn check<T: GpuElement>(case: Case<f32>, cut: Cut) {
+    let tolerance = if T::CUDA == "float" { 1e-5 } else { 1e-2 };
+    let case = rounded::<T>(case);
+    let want = case.widen().run();
+    for gpu in gpus() {
+        let got = run::<T>(&gpu, &case, cut);
+        for ((name, got), (_, want)) in got.named().iter().zip(want.named()) {
+            near(name, got, want, tolerance);
+        }
+    }
+}
+
+const LENGTHS: [(usize, bool); 6] =
+    [(33, true), (0, true), (1, false), (0, false), (70, false), (2, true)];
+
+#[test]
+fn kernels_match_the_reference() {
+    let g = |groups| [Some(groups), Some(groups)];
+    for cut in [Cut::Never, Cut::Every(32), Cut::Fill] {
+        check::<f32>(Case::random(1, scattered(&LENGTHS), 40, 16, g(1), false), cut);
+        check::<f32>(Case::random(2, scattered(&LENGTHS), 6, 5, g(2), false), cut);
+        check::<bf16>(Case::random(3, scattered(&LENGTHS), 64, 16, g(2), false), cut);
+    }
+    check::<f32>(Case::random(4, scattered(&[(20, true)]), 3, 20, g(1), false), Cut::Never);
+    check::<f32>(Case::random(5, scattered(&[(37, true)]), 2, 100, g(1), false), Cut::Every(16));
+    check::<f32>(Case::random(6, scattered(&[(130, true)]), 1, 1, g(1), false), Cut::Every(32));
+}
+
+#[test]
+fn what_is_optional_may_be_missing() {
+    let mut case = Case::random(7, Sequences::fresh(&[40, 3]), 9, 16, [Some(1); 2], false);
+    (case.d, case.z, case.bias, case.h0, case.dlast) = (None, None, None, None, None);
+    check::<f32>(case.clone(), Cut::Never);
+    case.softplus = false;
+    case.delta.iter_mut().for_each(|v| *v = v.abs() * 0.1 + 0.02);
+    check::<f32>(case, Cut::Every(32));
+}
+
+#[test]
+fn nan_stays_in_its_document_and_a_batch_is_its_sequences() {
+    let sequences = scattered(&[(40, true), (70, true), (5, false)]);
+    let clean = Case::random(8, sequences, 34, 16, [Some(1); 2], false);
+    let mut dirty = clean.clone();
+    let poisoned = clean.sequences.as_slice()[1].tokens();
+    dirty.u[poisoned.start * 34..poisoned.end * 34].fill(f32::NAN);
+    for gpu in gpus() {
+        for cut in [Cut::Never, Cut::Every(32)] {
+            let (all, dirty) = (run::<f32>(&gpu, &clean, cut), run::<f32>(&gpu, &dirty, cut));
+            for index in [0, 2] {
+                let s = clean.sequences.as_slice()[index];
+                let alone = run::<f32>(&gpu, &clean.alone(index), cut);
+                let own = s.start * 34..(s.start + s.len) * 34;
+                for whole in [&all, &dirty] {
+                    assert_eq!(whole.y[own.clone()], alone.y);
+                    assert_eq!(whole.grad.u[own.clone()], alone.grad.u);
+                    assert_eq!(whole.grad.delta[own.clone()], alone.grad.delta);
+                    let slot = s.slot * 34 * 16..(s.slot + 1) * 34 * 16;
+                    assert_eq!(whole.last[slot.clone()], alone.last);
+                    assert_eq!(whole.grad.h0[slot], alone.grad.h0);
+                }
+            }
+        }
+    }
+}
