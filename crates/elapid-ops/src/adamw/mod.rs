@@ -4,10 +4,13 @@
 //! correction, the update. Optimizers in `elapid-train` call it parameter by parameter; there is no graph here.
 
 mod cpu;
+pub mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_cuda;
 
 use elapid_tensor::{Error, Result};
 

@@ -3,8 +3,11 @@
 //! The arithmetic is that of [`crate::gather`]: copies of rows forward, sums of rows backward. The gradient is
 //! dense `[V, D]` and adds the tokens of an id in their order, whatever the number of threads.
 
+pub mod cuda;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_cuda;
 
 use elapid_tensor::autograd::{Backward, record_one};
 use elapid_tensor::{DType, Error, Result, Tensor};

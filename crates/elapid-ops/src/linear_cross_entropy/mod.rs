@@ -5,10 +5,13 @@
 //! backward merely scales them by the gradient that arrives.
 
 mod cpu;
+pub mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_cuda;
 
 use elapid_tensor::autograd::{Backward, is_recording, record_one};
 use elapid_tensor::{Buffer, DType, Error, Result, Tensor};
