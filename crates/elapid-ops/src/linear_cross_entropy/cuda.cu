@@ -111,7 +111,9 @@ KERNEL(cross_entropy, Arguments, 1024, 1) {
     int64_t shift = (PACK - head) % PACK;
     bool cached = args.cached != 0;
 
-    float wanted = to_float(logits[target]);
+    // A target that is no class makes the loss NaN: it is seen, and nothing outside of the row is read.
+    bool is_class = target >= 0 && target < classes;
+    float wanted = is_class ? to_float(logits[target]) : float_of(0x7fc00000u);
     Sum sum = {LOWEST, 0.0f};
     auto single = [&](int64_t c) {
         L x = logits[c];

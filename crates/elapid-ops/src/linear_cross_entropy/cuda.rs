@@ -33,7 +33,7 @@ unsafe impl KernelArguments for Arguments {}
 
 /// Losses `[rows]` of logits `[rows, V]` by targets (below `real_vocab`, the number of classes that take part, or
 /// -100: ignored, with loss 0). The logits become `factor (softmax - 1[target])`, 0 in ignored rows and for the
-/// classes that take no part.
+/// classes that take no part. The loss of any other target is NaN.
 ///
 /// # Errors
 /// If a buffer does not fit, `real_vocab` is 0 or above `vocab`, or the GPU fails.
@@ -78,7 +78,7 @@ pub fn in_place<T: GpuElement>(
         ..Launch::linear(rows as u32, threads)
     };
     let module = gpu.module(&SOURCE, &[("LOGIT", T::CUDA), ("ELEMENT", T::CUDA)])?;
-    // SAFETY: the extents were checked; targets are the caller's, and the kernel compares them with classes only.
+    // SAFETY: the extents were checked, and the kernel looks up no target that is not below `real_vocab`.
     unsafe { gpu.launch(&module.kernel("cross_entropy")?, launch, &arguments)? };
     Ok(losses)
 }

@@ -43,3 +43,16 @@ fn the_kernel_matches_the_definition() {
     // Longer than shared memory.
     check::<f32>(2, 60_000, 59_990);
 }
+
+#[test]
+fn a_target_that_is_no_class_makes_the_loss_nan() {
+    for gpu in gpus() {
+        let mut logits = gpu.upload(&random(1, 4 * 8)).unwrap();
+        let targets = gpu.upload(&[7i64, 1 << 40, -1, 0]).unwrap();
+        let losses = in_place(&gpu, &mut logits, &targets, (8, 7), 1.0).unwrap().read().unwrap();
+        assert_eq!(
+            losses.iter().map(|loss| loss.is_nan()).collect::<Vec<_>>(),
+            [true, true, true, false]
+        );
+    }
+}

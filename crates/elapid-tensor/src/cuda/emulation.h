@@ -24,14 +24,7 @@ struct dim3 {
 struct float2 {
     float x, y;
 };
-struct alignas(16) float4 {
-    float x, y, z, w;
-};
-struct alignas(16) uint4 {
-    unsigned x, y, z, w;
-};
 inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 namespace emulation {
 
@@ -51,12 +44,6 @@ inline float exp2(float x) {
 constexpr int LANES = 32;
 constexpr size_t STACK = 64 << 10;
 
-struct Copy {
-    void* to;
-    const void* from;
-    size_t bytes;
-};
-
 enum class State { Ready, Barrier, Warp, Done };
 
 // One thread of a block.
@@ -69,8 +56,6 @@ struct Fiber {
     State state = State::Done;
     unsigned mask = 0;      // lanes of the exchange that this one waits for
     uint64_t seen[LANES];   // what the lanes of its last exchange put down
-    std::vector<std::vector<Copy>> groups;
-    std::vector<Copy> open;
 };
 
 // What the lanes of a warp have put down for the exchange under way.
@@ -125,7 +110,6 @@ inline void entry() {
 #endif
     b.run(b.args);
     Fiber* self = b.current;
-    if (!self->open.empty() || !self->groups.empty()) fail("a thread ended with copies under way");
     self->state = State::Done;
     to_scheduler(true);
 }
@@ -207,23 +191,6 @@ template <class T> T shuffle(unsigned mask, T value, unsigned source) {
     return narrow<T>(table[source]);
 }
 
-inline void copy_async(void* to, const void* from, size_t bytes) {
-    if ((uint64_t)to % bytes || (uint64_t)from % bytes) fail("a copy to shared memory is not aligned");
-    block().current->open.push_back({to, from, bytes});
-}
-inline void copies_commit() {
-    Fiber* self = block().current;
-    self->groups.push_back(std::move(self->open));
-    self->open.clear();
-}
-inline void copies_wait(size_t pending) {
-    Fiber* self = block().current;
-    while (self->groups.size() > pending) {
-        for (const Copy& copy : self->groups.front()) memcpy(copy.to, copy.from, copy.bytes);
-        self->groups.erase(self->groups.begin());
-    }
-}
-
 inline void run_block() {
     Block& b = block();
     unsigned count = b.block.x * b.block.y * b.block.z;
@@ -236,8 +203,6 @@ inline void run_block() {
         fiber.number = i;
         fiber.index = {i % b.block.x, i / b.block.x % b.block.y, i / (b.block.x * b.block.y)};
         fiber.state = State::Ready;
-        fiber.groups.clear();
-        fiber.open.clear();
         if (!fiber.stack) fiber.stack = (char*)malloc(STACK);  // kept for the thread's life
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack;
@@ -335,23 +300,3 @@ template <class T> T __shfl_xor_sync(unsigned mask, T value, int bits, int width
     unsigned source = lane ^ bits;
     return emulation::shuffle(mask, value, (source & ~(width - 1)) > (lane & ~(width - 1)) ? lane : source);
 }
-template <class T> T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-    unsigned lane = emulation::block().current->number % 32;
-    bool inside = (lane & (width - 1)) >= delta;
-    return emulation::shuffle(mask, value, inside ? lane - delta : lane);
-}
-template <class T> T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-    unsigned lane = emulation::block().current->number % 32;
-    bool inside = (lane & (width - 1)) + delta < unsigned(width);
-    return emulation::shuffle(mask, value, inside ? lane + delta : lane);
-}
-inline unsigned __ballot_sync(unsigned mask, int predicate) {
-    const uint64_t* table = emulation::exchange(mask, predicate != 0);
-    unsigned ballot = 0;
-    for (int lane = 0; lane < 32; ++lane) ballot |= (mask >> lane & 1) && table[lane] ? 1u << lane : 0;
-    return ballot;
-}
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
-inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-template <class T> T __ldg(const T* from) { return *from; }

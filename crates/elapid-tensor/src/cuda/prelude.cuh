@@ -97,7 +97,6 @@ DEVICE float reciprocal(float x) {
 #endif
 }
 
-DEVICE float exp_fast(float x) { return exp2_fast(x * LOG2_E); }
 DEVICE float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(-LOG2_E * x)); }
 DEVICE float silu(float x) { return x * sigmoid(x); }
 // d silu(x) / dx, given sigmoid(x).
@@ -142,31 +141,6 @@ template <class T, int COUNT> DEVICE bool packable(const T* from, int64_t stride
     return reinterpret_cast<uint64_t>(from) % (sizeof(T) * COUNT) == 0 && stride % COUNT == 0;
 }
 
-// Sixteen bytes from device to shared memory without passing a register; done after copies_wait and a barrier.
-DEVICE void copy_async_16(void* shared, const void* global) {
-#ifdef ON_CARD
-    uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
-#else
-    emulation::copy_async(shared, global, 16);
-#endif
-}
-DEVICE void copies_commit() {
-#ifdef ON_CARD
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#else
-    emulation::copies_commit();
-#endif
-}
-// Waits until at most PENDING groups of this thread's copies are under way.
-template <int PENDING> DEVICE void copies_wait() {
-#ifdef ON_CARD
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-#else
-    emulation::copies_wait(PENDING);
-#endif
-}
-
 // ---- Warps and blocks ---------------------------------------------------------------------------------------
 
 DEVICE int lane_id() { return threadIdx.x % WARP; }
@@ -176,11 +150,6 @@ DEVICE int warp_id() { return threadIdx.x / WARP; }
 template <int LANES = WARP> DEVICE float warp_sum(float value) {
 #pragma unroll
     for (int step = LANES / 2; step > 0; step /= 2) value += __shfl_xor_sync(FULL_WARP, value, step);
-    return value;
-}
-template <int LANES = WARP> DEVICE float warp_max(float value) {
-#pragma unroll
-    for (int step = LANES / 2; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(FULL_WARP, value, step));
     return value;
 }
 

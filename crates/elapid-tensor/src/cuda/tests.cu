@@ -24,25 +24,23 @@ struct MapArgs {
     int64_t len;
 };
 
-// The functions of the prelude: y = [softplus, silu, exp, bf16 rounding] of x, one after another.
+// The functions of the prelude: y = [softplus, silu, exp2, bf16 rounding] of x, one after another.
 KERNEL(functions, MapArgs, 128, 1) {
     for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < args.len; i += int64_t(gridDim.x) * blockDim.x) {
         float x = args.x[i];
         args.y[i] = softplus(x);
         args.y[i + args.len] = silu(x);
-        args.y[i + 2 * args.len] = exp_fast(x);
+        args.y[i + 2 * args.len] = exp2_fast(x);
         args.y[i + 3 * args.len] = to_float(from_float<bf16>(x));
     }
 }
 
-// Reverses 128 numbers through shared memory, in two staged copies of 16 bytes a thread.
+// Reverses 128 numbers through dynamic shared memory, four a thread.
 KERNEL(reverse, MapArgs, 32, 1) {
     DYNAMIC_SHARED(float, room);
-    copy_async_16(room + 4 * threadIdx.x, args.x + 4 * threadIdx.x);
-    copies_commit();
-    copies_wait<0>();
+    store_pack(room + 4 * threadIdx.x, load_pack<float, 4>(args.x + 4 * threadIdx.x));
     __syncthreads();
-    for (int i = 0; i < 4; ++i) args.y[127 - 4 * int(threadIdx.x) - i] = room[4 * threadIdx.x + i];
+    for (int i = 0; i < 4; ++i) args.y[4 * threadIdx.x + i] = room[127 - 4 * int(threadIdx.x) - i];
 }
 
 #ifdef MISSING_BARRIER
