@@ -114,12 +114,12 @@ fn scans(gpu: &Gpu, sequences: &Sequences, e: usize, cut: Cut) -> Result<()> {
         scan::Inputs {
             u: Rows::new(u, e),
             delta: Rows::new(delta, e),
-            a: &a,
+            a: a.slice(),
             b: Rows::new(b, STATES),
             c: Rows::new(c, STATES),
-            d: Some(&d),
+            d: Some(d.slice()),
             z: Some(Rows::new(z, e)),
-            delta_bias: Some(&bias),
+            delta_bias: Some(bias.slice()),
             delta_softplus: true,
             state: None,
             plan: &plan,
@@ -151,7 +151,7 @@ fn convolutions(gpu: &Gpu, count: usize, length: usize, e: usize, bandwidth: f64
     let dy: Vec<DeviceBuffer<bf16>> = rows(2).collect::<Result<_>>()?;
     let inputs = |set: usize| conv::Inputs {
         x: Rows::new(&x[set], e),
-        weight: &weight,
+        weight: weight.slice(),
         bias: Some(&bias),
         state: None,
         sequences: &sequences,
@@ -178,7 +178,8 @@ fn convolutions(gpu: &Gpu, count: usize, length: usize, e: usize, bandwidth: f64
 
 fn norms(gpu: &Gpu, rows: usize, width: usize, bandwidth: f64) -> Result<()> {
     let weight = gpu.upload(&random(1, width, 1.0, 0.0))?;
-    let norm = norm::Norm { width, center: false, eps: 1e-5, weight: Some(&weight), bias: None };
+    let norm =
+        norm::Norm { width, center: false, eps: 1e-5, weight: Some(weight.slice()), bias: None };
     let x = typed(gpu, 1, rows * width)?;
     let residual = gpu.upload(&random(2, rows * width, 1.0, 0.0))?;
     let add = || Some(Rows::new(&residual, width));

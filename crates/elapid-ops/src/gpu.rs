@@ -1,7 +1,7 @@
 //! What the launches of GPU kernels share: element types, rows of device memory, sequences in device memory, the
 //! reading of small results in tests.
 
-use elapid_tensor::cuda::{DeviceBuffer, Gpu, GpuError, Result};
+use elapid_tensor::cuda::{DeviceBuffer, DeviceSlice, Gpu, GpuError, Result};
 use elapid_tensor::{Element, Sequences, bf16};
 
 /// Element types that kernels are compiled for.
@@ -21,12 +21,12 @@ impl GpuElement for bf16 {
 /// Rows of device memory, `stride` elements apart, the first at element `first`.
 #[derive(Debug)]
 pub struct Rows<'a, T> {
-    buffer: &'a DeviceBuffer<T>,
+    slice: DeviceSlice<'a, T>,
     first: usize,
     stride: usize,
 }
 
-// Not derived: that would ask for T: Copy of the buffer's element, and the buffer is only referred to.
+// Not derived: that would ask for T: Copy, and the elements are only referred to.
 impl<T> Clone for Rows<'_, T> {
     fn clone(&self) -> Self {
         *self
@@ -36,13 +36,13 @@ impl<T> Copy for Rows<'_, T> {}
 
 impl<'a, T: GpuElement> Rows<'a, T> {
     /// Rows that lie end to end.
-    pub fn new(buffer: &'a DeviceBuffer<T>, width: usize) -> Self {
-        Self { buffer, first: 0, stride: width }
+    pub fn new(slice: impl Into<DeviceSlice<'a, T>>, width: usize) -> Self {
+        Self { slice: slice.into(), first: 0, stride: width }
     }
 
     /// Part of wider rows: those of `stride` elements, from element `first` on.
-    pub fn part(buffer: &'a DeviceBuffer<T>, first: usize, stride: usize) -> Self {
-        Self { buffer, first, stride }
+    pub fn part(slice: impl Into<DeviceSlice<'a, T>>, first: usize, stride: usize) -> Self {
+        Self { slice: slice.into(), first, stride }
     }
 
     /// Elements from one row to the next.
@@ -56,37 +56,38 @@ impl<'a, T: GpuElement> Rows<'a, T> {
             0 => 0,
             rows => self.first + (rows - 1) * self.stride + width,
         };
-        if needed > self.buffer.len() {
+        if needed > self.slice.len() {
             return Err(wrong(
                 op,
-                format!("rows reach to {needed}, the buffer to {}", self.buffer.len()),
+                format!("rows reach to {needed}, the buffer to {}", self.slice.len()),
             ));
         }
-        Ok(self.buffer.address() + (self.first * size_of::<T>()) as u64)
+        Ok(self.slice.address() + (self.first * size_of::<T>()) as u64)
     }
 }
 
 /// Address of an array of `len` elements.
-pub(crate) fn array<T: Element>(
+pub(crate) fn array<'a, T: Element>(
     op: &'static str,
     name: &str,
-    buffer: &DeviceBuffer<T>,
+    slice: impl Into<DeviceSlice<'a, T>>,
     len: usize,
 ) -> Result<u64> {
-    if buffer.len() != len {
-        return Err(wrong(op, format!("{name} has {} elements, expected {len}", buffer.len())));
+    let slice = slice.into();
+    if slice.len() != len {
+        return Err(wrong(op, format!("{name} has {} elements, expected {len}", slice.len())));
     }
-    Ok(buffer.address())
+    Ok(slice.address())
 }
 
 /// As [`array`]; a null pointer without one.
 pub(crate) fn optional<T: Element>(
     op: &'static str,
     name: &str,
-    buffer: Option<&DeviceBuffer<T>>,
+    slice: Option<DeviceSlice<'_, T>>,
     len: usize,
 ) -> Result<u64> {
-    buffer.map_or(Ok(0), |buffer| array(op, name, buffer, len))
+    slice.map_or(Ok(0), |slice| array(op, name, slice, len))
 }
 
 /// An error about an operation's arguments.

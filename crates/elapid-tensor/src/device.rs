@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::Error;
+use crate::cuda::{Gpu, GpuId};
 
 /// A place for tensors. Operations match on it and refuse, by name, a device that they lack.
 #[non_exhaustive]
@@ -12,12 +13,36 @@ pub enum Device {
     /// The host: every operation has an implementation here.
     #[default]
     Cpu,
+    /// An NVIDIA GPU.
+    Cuda(GpuId),
+}
+
+impl Device {
+    /// The GPU, opened if need be; none for the host.
+    ///
+    /// # Errors
+    /// If the GPU cannot be used.
+    pub fn gpu(self) -> Result<Option<Gpu>, Error> {
+        match self {
+            Device::Cpu => Ok(None),
+            Device::Cuda(id) => Ok(Some(id.gpu()?)),
+        }
+    }
+
+    /// The first card that can be used, or else the host and the reason.
+    pub fn best() -> (Self, Option<Error>) {
+        match Gpu::open(0) {
+            Ok(gpu) => (Device::Cuda(gpu.id()), None),
+            Err(error) => (Device::Cpu, Some(error.into())),
+        }
+    }
 }
 
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Device::Cpu => f.write_str("cpu"),
+            Device::Cuda(id) => id.fmt(f),
         }
     }
 }
@@ -25,11 +50,19 @@ impl fmt::Display for Device {
 impl FromStr for Device {
     type Err = Error;
 
-    /// Parses `cpu`; `auto` picks the best device there is.
+    /// Parses `cpu`, `cuda` (the first card), `cuda:N` and `cuda:emulated` (the GPU kernels on the host, for tests);
+    /// `auto` is [`Device::best`].
     fn from_str(text: &str) -> Result<Self, Error> {
+        let unknown = || Error::UnknownDevice(text.to_owned());
         match text {
-            "cpu" | "auto" => Ok(Device::Cpu),
-            other => Err(Error::UnknownDevice(other.to_owned())),
+            "cpu" => Ok(Device::Cpu),
+            "auto" => Ok(Device::best().0),
+            "cuda" => Ok(Device::Cuda(GpuId::Card(0))),
+            "cuda:emulated" => Ok(Device::Cuda(GpuId::Emulated)),
+            other => {
+                let number = other.strip_prefix("cuda:").ok_or_else(unknown)?;
+                Ok(Device::Cuda(GpuId::Card(number.parse().map_err(|_| unknown())?)))
+            }
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The one error type of tensors and operations: what was expected, what was found, and where.
 
+use crate::cuda::GpuError;
 use crate::{DType, Device, Shape};
 
 /// What can go wrong with tensors and operations.
@@ -47,6 +48,21 @@ pub enum Error {
         /// The element type asked for.
         dtype: DType,
     },
+    /// Tensors of one operation lie on different devices, or where the operation cannot reach them.
+    #[error("{op}: {tensor} is on {got}, expected {expected}")]
+    Device {
+        /// The operation.
+        op: &'static str,
+        /// The argument's name.
+        tensor: String,
+        /// Where the operation runs.
+        expected: Device,
+        /// Where the tensor is.
+        got: Device,
+    },
+    /// A GPU failed, is missing, or is full.
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
     /// A description of a ragged batch contradicts itself.
     #[error("sequences: {0}")]
     Sequences(String),
@@ -54,7 +70,7 @@ pub enum Error {
     #[error("autograd: {0}")]
     Graph(String),
     /// Not a device's name.
-    #[error("unknown device {0:?}, expected cpu or auto")]
+    #[error("unknown device {0:?}, expected cpu, cuda, cuda:N or auto")]
     UnknownDevice(String),
     /// Not an element type's name.
     #[error("unknown element type {0:?}, expected one of f32, bf16, f16, f64, i64, i32, u32, u8")]

@@ -9,6 +9,7 @@ pub mod cuda;
 mod device;
 mod dtype;
 mod error;
+mod gpu_tensor;
 pub mod memory;
 pub mod rng;
 mod sequences;

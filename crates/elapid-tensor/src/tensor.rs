@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::autograd::{Identity, Meta};
+use crate::cuda::DeviceBlock;
 use crate::memory::{Block, Buffer};
 use crate::{DType, Device, Element, Error, Result, Shape};
 
@@ -11,6 +12,7 @@ use crate::{DType, Device, Element, Error, Result, Shape};
 #[derive(Debug)]
 pub(crate) enum Storage {
     Cpu(Block),
+    Cuda(DeviceBlock),
 }
 
 /// A typed array of up to six axes. Cloning is cheap and shares the storage; nothing that holds a clone
@@ -141,8 +143,9 @@ impl Tensor {
 
     /// Where the tensor lives.
     pub fn device(&self) -> Device {
-        match *self.storage {
+        match &*self.storage {
             Storage::Cpu(_) => Device::Cpu,
+            Storage::Cuda(block) => Device::Cuda(block.gpu().id()),
         }
     }
 
@@ -182,6 +185,7 @@ impl Tensor {
                 );
                 Ok(&all[self.offset.min(all.len())..])
             }
+            Storage::Cuda(_) => Err(self.device_error("data", "tensor", Device::Cpu)),
         }
     }
 
@@ -219,34 +223,53 @@ impl Tensor {
         }
         let whole = self.offset == 0 && self.is_contiguous();
         if !whole || Arc::get_mut(&mut self.storage).is_none() {
-            let copy = self.detach().copied();
+            let copy = self.detach().copied()?;
             self.storage = copy.storage;
             self.strides = copy.strides;
             self.offset = 0;
         }
+        let device = self.device();
         let elements = self.elements();
         match Arc::get_mut(&mut self.storage) {
             Some(Storage::Cpu(block)) => {
                 Ok(bytemuck::cast_slice_mut(&mut block.bytes_mut()[..elements * size_of::<T>()]))
             }
+            Some(Storage::Cuda(_)) => Err(Error::Device {
+                op: "data_mut",
+                tensor: "tensor".into(),
+                expected: Device::Cpu,
+                got: device,
+            }),
             None => Err(Error::Graph("the storage is shared".into())),
         }
     }
 
-    /// The elements in order, as a vector.
+    /// The elements in order, as a vector; from a GPU, after all work before this call.
+    ///
+    /// # Errors
+    /// If the type is not `T`, or the GPU fails.
     pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
         self.expect_dtype("to_vec", "tensor", T::DTYPE)?;
+        if self.device() != Device::Cpu {
+            return self.detach().to(Device::Cpu)?.to_vec();
+        }
         let mut values = Vec::with_capacity(self.elements());
         self.for_each_run(|run: &[T]| values.extend_from_slice(run))?;
         Ok(values)
     }
 
-    /// The elements in order, as f64.
+    /// [`Tensor::to_vec`], as f64.
+    ///
+    /// # Errors
+    /// If the GPU fails.
     pub fn to_f64_vec(&self) -> Result<Vec<f64>> {
         fn convert<T: Element>(tensor: &Tensor) -> Result<Vec<f64>> {
             let mut values = Vec::with_capacity(tensor.elements());
             tensor.for_each_run(|run: &[T]| values.extend(run.iter().map(|v| v.to_f64())))?;
             Ok(values)
+        }
+        if self.device() != Device::Cpu {
+            return self.detach().to(Device::Cpu)?.to_f64_vec();
         }
         crate::views::with_element!(self.dtype, T => convert::<T>(self))
     }
@@ -360,6 +383,21 @@ impl Tensor {
         Err(Error::DType { op, tensor: tensor.into(), expected, got: self.dtype })
     }
 
+    /// Checks that an operation's argument lies where the operation runs.
+    ///
+    /// # Errors
+    /// [`Error::Device`] that names both devices, if not.
+    pub fn expect_device(&self, op: &'static str, tensor: &str, expected: Device) -> Result<()> {
+        if self.device() == expected {
+            return Ok(());
+        }
+        Err(self.device_error(op, tensor, expected))
+    }
+
+    fn device_error(&self, op: &'static str, tensor: &str, expected: Device) -> Error {
+        Error::Device { op, tensor: tensor.into(), expected, got: self.device() }
+    }
+
     /// An [`Error::Unsupported`] for this tensor's device and type.
     pub fn unsupported(&self, op: &'static str) -> Error {
         Error::Unsupported { op, device: self.device(), dtype: self.dtype }
@@ -367,7 +405,7 @@ impl Tensor {
 }
 
 /// True if the axes from `first` on have no gaps among themselves.
-fn inner_contiguous(shape: &[usize], strides: &[usize], first: usize) -> bool {
+pub(crate) fn inner_contiguous(shape: &[usize], strides: &[usize], first: usize) -> bool {
     let mut step = 1;
     for axis in (first..shape.len()).rev() {
         if shape[axis] != 1 && strides[axis] != step {
@@ -381,6 +419,9 @@ fn inner_contiguous(shape: &[usize], strides: &[usize], first: usize) -> bool {
 impl fmt::Debug for Tensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Tensor {}{}", self.dtype, self.shape)?;
+        if self.device() != Device::Cpu {
+            return write!(f, " on {}", self.device());
+        }
         if self.elements() <= 16
             && let Ok(values) = self.to_f64_vec()
         {

@@ -2,7 +2,7 @@
 //! each records its gradient.
 
 use crate::autograd::record;
-use crate::{Buffer, DType, Element, Error, MAX_RANK, Result, Shape, Tensor};
+use crate::{Buffer, DType, Device, Element, Error, MAX_RANK, Result, Shape, Tensor};
 
 /// Runs an expression with `$T` bound to the Rust type of a `DType`.
 macro_rules! with_element {
@@ -65,33 +65,31 @@ impl Tensor {
     }
 
     /// A fresh contiguous copy, without gradient.
-    pub(crate) fn copied(&self) -> Tensor {
-        fn copy<T: Element>(tensor: &Tensor) -> Tensor {
+    pub(crate) fn copied(&self) -> Result<Tensor> {
+        fn copy<T: Element>(tensor: &Tensor) -> Result<Tensor> {
             let mut buffer = Buffer::<T>::scratch(tensor.elements());
             let mut filled = 0;
-            // The type was matched by the caller, so reading cannot fail.
-            let _ = tensor.for_each_run(|run: &[T]| {
+            tensor.for_each_run(|run: &[T]| {
                 buffer[filled..filled + run.len()].copy_from_slice(run);
                 filled += run.len();
-            });
-            Tensor {
-                storage: std::sync::Arc::new(crate::tensor::Storage::Cpu(buffer.into_block())),
-                shape: tensor.shape,
-                strides: tensor.shape.contiguous_strides(),
-                offset: 0,
-                dtype: T::DTYPE,
-                meta: None,
-            }
+            })?;
+            Tensor::from_buffer(buffer, tensor.shape)
         }
-        with_element!(self.dtype, T => copy::<T>(self))
+        match self.gpu() {
+            Some(_) => self.copied_on_gpu(self.dtype),
+            None => with_element!(self.dtype, T => copy::<T>(self)),
+        }
     }
 
     /// The same values without gaps; free if there are none.
-    pub fn contiguous(&self) -> Tensor {
+    ///
+    /// # Errors
+    /// If the tensor is on a GPU that fails.
+    pub fn contiguous(&self) -> Result<Tensor> {
         if self.is_contiguous() {
-            return self.clone();
+            return Ok(self.clone());
         }
-        self.record_view("contiguous", self.copied(), Ok)
+        Ok(self.record_view("contiguous", self.copied()?, Ok))
     }
 
     /// The same elements in order under another shape. A view with gaps is copied first.
@@ -107,7 +105,7 @@ impl Tensor {
                 format!("{} elements for {shape}", shape.elements()),
             ));
         }
-        let source = self.contiguous();
+        let source = self.contiguous()?;
         let view = source.view(shape, shape.contiguous_strides(), source.offset);
         let from = source.shape;
         Ok(source.record_view("reshape", view, move |grad| grad.reshape(from)))
@@ -182,7 +180,7 @@ impl Tensor {
     /// If the axis is shorter or does not exist.
     pub fn narrow(&self, axis: usize, start: usize, len: usize) -> Result<Tensor> {
         let view = self.narrowed(axis, start, len)?;
-        let (shape, dtype) = (self.shape, self.dtype);
+        let shape = self.shape;
         Ok(self.record_view("narrow", view, move |grad| {
             let mut parts = Vec::with_capacity(3);
             for width in [start, shape[axis] - start - len] {
@@ -190,7 +188,7 @@ impl Tensor {
                 dims[..shape.len()].copy_from_slice(&shape);
                 dims[axis] = width;
                 let dims = Shape::new(&dims[..shape.len()]);
-                parts.push(with_element!(dtype, T => Tensor::zeros::<T>(dims)));
+                parts.push(Tensor::zeros_on(grad.device(), grad.dtype, dims)?);
             }
             parts.insert(1, grad);
             Tensor::concat(&parts.iter().collect::<Vec<_>>(), axis)
@@ -216,18 +214,20 @@ impl Tensor {
             start += len;
         }
         let shapes: Vec<Shape> = parts.iter().map(|part| part.shape).collect();
-        let dtype = self.dtype;
+        let (device, mut dtype) = (self.device(), self.gradient_dtype());
         Ok(record("split", &[self], parts, || {
             move |context: &mut crate::autograd::Backward| {
-                let grads: Vec<Tensor> = shapes
-                    .iter()
-                    .enumerate()
-                    .map(|(i, &shape)| {
-                        context
-                            .take_grad(i)
-                            .unwrap_or_else(|| with_element!(dtype, T => Tensor::zeros::<T>(shape)))
+                let given: Vec<Option<Tensor>> =
+                    (0..shapes.len()).map(|i| context.take_grad(i)).collect();
+                dtype = given.iter().flatten().next().map_or(dtype, |grad| grad.dtype);
+                let grads = given
+                    .into_iter()
+                    .zip(&shapes)
+                    .map(|(grad, &shape)| match grad {
+                        Some(grad) => Ok(grad),
+                        None => Tensor::zeros_on(device, dtype, shape),
                     })
-                    .collect();
+                    .collect::<Result<Vec<Tensor>>>()?;
                 Ok(vec![Some(Tensor::concat(&grads.iter().collect::<Vec<_>>(), axis)?)])
             }
         }))
@@ -249,6 +249,7 @@ impl Tensor {
         dims[axis] = 0;
         for (i, tensor) in tensors.iter().enumerate() {
             tensor.expect_dtype("concat", &format!("tensor {i}"), first.dtype)?;
+            tensor.expect_device("concat", &format!("tensor {i}"), first.device())?;
             let same = tensor.rank() == first.rank()
                 && (0..first.rank()).all(|a| a == axis || tensor.shape[a] == first.shape[a]);
             if !same {
@@ -261,7 +262,10 @@ impl Tensor {
             dims[axis] += tensor.shape[axis];
         }
         let shape = Shape::new(&dims[..first.rank()]);
-        let joined = with_element!(first.dtype, T => concat_data::<T>(tensors, axis, shape))?;
+        let joined = match first.gpu() {
+            Some(gpu) => Tensor::concat_on_gpu(gpu, tensors, axis, shape)?,
+            None => with_element!(first.dtype, T => concat_data::<T>(tensors, axis, shape))?,
+        };
         let lengths: Vec<usize> = tensors.iter().map(|t| t.shape[axis]).collect();
         let mut outputs = record("concat", tensors, vec![joined], || {
             move |context: &mut crate::autograd::Backward| match context.take_grad(0) {
@@ -272,39 +276,45 @@ impl Tensor {
         Ok(outputs.swap_remove(0))
     }
 
-    /// The values rounded to another element type (through f64, so f32 to bf16 rounds once, to nearest even).
-    pub fn cast(&self, dtype: DType) -> Tensor {
-        fn convert<A: Element, B: Element>(tensor: &Tensor) -> Tensor {
+    /// The values rounded to another element type (through f64, so f32 to bf16 rounds once, to nearest even). On a
+    /// GPU, f32 and bf16 become each other.
+    ///
+    /// # Errors
+    /// If the tensor is on a GPU and a type is another, or the GPU fails.
+    pub fn cast(&self, dtype: DType) -> Result<Tensor> {
+        fn convert<A: Element, B: Element>(tensor: &Tensor) -> Result<Tensor> {
             let mut buffer = Buffer::<B>::scratch(tensor.elements());
             let mut filled = 0;
-            let _ = tensor.for_each_run(|run: &[A]| {
+            tensor.for_each_run(|run: &[A]| {
                 for (to, from) in buffer[filled..].iter_mut().zip(run) {
                     *to = B::from_f64(from.to_f64());
                 }
                 filled += run.len();
-            });
-            Tensor {
-                storage: std::sync::Arc::new(crate::tensor::Storage::Cpu(buffer.into_block())),
-                shape: tensor.shape,
-                strides: tensor.shape.contiguous_strides(),
-                offset: 0,
-                dtype: B::DTYPE,
-                meta: None,
-            }
+            })?;
+            Tensor::from_buffer(buffer, tensor.shape)
         }
         if dtype == self.dtype {
-            return self.clone();
+            return Ok(self.clone());
         }
-        let cast = with_element!(self.dtype, A => with_element!(dtype, B => convert::<A, B>(self)));
-        if !dtype.is_float() {
-            return cast;
-        }
-        // Gradients of narrow types are kept in f32.
-        let grad_dtype = match self.dtype {
-            DType::BF16 | DType::F16 => DType::F32,
-            other => other,
+        let cast = match self.gpu() {
+            Some(_) => self.copied_on_gpu(dtype)?,
+            None => {
+                with_element!(self.dtype, A => with_element!(dtype, B => convert::<A, B>(self)))?
+            }
         };
-        self.record_view("cast", cast, move |grad| Ok(grad.cast(grad_dtype)))
+        if !dtype.is_float() {
+            return Ok(cast);
+        }
+        let grad_dtype = self.gradient_dtype();
+        Ok(self.record_view("cast", cast, move |grad| grad.cast(grad_dtype)))
+    }
+
+    /// The type of this tensor's gradient: on the host f32 for the narrow types, on a GPU the tensor's own.
+    pub(crate) fn gradient_dtype(&self) -> DType {
+        match (self.dtype, self.device()) {
+            (DType::BF16 | DType::F16, Device::Cpu) => DType::F32,
+            (other, _) => other,
+        }
     }
 }
 
@@ -323,10 +333,10 @@ fn concat_data<T: Element>(tensors: &[&Tensor], axis: usize, shape: Shape) -> Re
             if axis == 0 || detached.row_view::<T>().is_err() || axis > 1 {
                 detached.contiguous()
             } else {
-                detached
+                Ok(detached)
             }
         })
-        .collect();
+        .collect::<Result<_>>()?;
     let sources: Vec<(&[T], usize, usize)> = flat
         .iter()
         .map(|t| {

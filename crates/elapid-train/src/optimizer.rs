@@ -81,7 +81,7 @@ impl AdamW {
             };
             update.step(
                 parameter.tensor.data_mut::<f32>()?,
-                gradient.contiguous().data::<f32>()?,
+                gradient.contiguous()?.data::<f32>()?,
                 slot.exp_avg.data_mut::<f32>()?,
                 slot.exp_avg_sq.data_mut::<f32>()?,
                 steps,

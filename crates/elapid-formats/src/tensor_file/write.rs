@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::Path;
 
-use elapid_tensor::{DType, Tensor, bf16, f16};
+use elapid_tensor::{DType, Device, Tensor, bf16, f16};
 use serde_json::{Map, Value, json};
 
 use crate::{Result, atomic};
@@ -86,7 +86,8 @@ fn write_values(out: &mut dyn Write, entry: &Entry) -> io::Result<()> {
     if from == to {
         return tensor_bytes(&entry.tensor, |bytes| out.write_all(bytes))?;
     }
-    let tensor = entry.tensor.contiguous();
+    let tensor = entry.tensor.to(Device::Cpu).and_then(|tensor| tensor.contiguous());
+    let tensor = tensor.map_err(io::Error::other)?;
     match (from, to) {
         (DType::F32, DType::BF16) => {
             convert(out, &tensor, |value| bf16::from_f32(value).to_le_bytes())
@@ -114,7 +115,8 @@ fn convert(
 
 /// Shows a tensor's elements as little-endian bytes, in order.
 pub(crate) fn tensor_bytes<R>(tensor: &Tensor, f: impl FnOnce(&[u8]) -> R) -> io::Result<R> {
-    let tensor = tensor.detach().contiguous();
+    let tensor = tensor.detach().to(Device::Cpu).and_then(|tensor| tensor.contiguous());
+    let tensor = tensor.map_err(io::Error::other)?;
     let bytes: Result<&[u8], elapid_tensor::Error> = match tensor.dtype() {
         DType::F32 => tensor.data::<f32>().map(bytemuck::cast_slice),
         DType::BF16 => tensor.data::<bf16>().map(bytemuck::cast_slice),

@@ -4,10 +4,9 @@
 // factor that clips are read from device memory, so a recorded graph replays with new ones. The norm is a sum of f64
 // over elements of a thread, threads of a block, and chunks, in an order that the tensors' lengths alone decide.
 //
-// Macros: GRADIENT, the type of gradients (float or bf16).
 #include "prelude.cuh"
 
-using G = GRADIENT;
+using G = float;
 
 constexpr int PACK = 4;
 // Elements of a block.
@@ -18,7 +17,6 @@ struct Tensor {
     const G* g;
     float* m;
     float* v;
-    bf16* rounded;  // a copy of p for products, or null
     int64_t len;
     int64_t first_chunk;  // chunks of the tensors before this one: the sum of ceil(len / CHUNK)
     double weight_decay;
@@ -36,21 +34,22 @@ struct Factors {
     float epsilon;
     float clip_norm;   // largest global norm, or 0 for any
     float grad_factor;  // what the stored gradients are multiplied by first (1 / loss scale, 1 / tokens)
+    float limit;        // a norm above it is no step to take, or 0 for any
+    float unused;
 };
 
 // What the norm's last kernel leaves.
 struct Norm {
     double norm;  // of grad_factor g
     float grad_scale;  // grad_factor times the clipping factor
-    int32_t finite;    // 0 if a gradient is inf or NaN
+    int32_t sound;     // 0 if a gradient is inf or NaN, or the norm above the limit
 };
 
 struct StepArguments {
     const Tensor* tensors;
     int64_t tensor_count;
     const Factors* factors;
-    const Norm* norm;  // or null: the scale is grad_factor
-    int64_t skip_if_not_finite;
+    const Norm* norm;
 };
 
 struct SquaresArguments {
@@ -90,11 +89,8 @@ KERNEL(adamw_step, StepArguments, 512, 2) {
     Span span = own_span(args.tensors, args.tensor_count);
     Tensor t = span.tensor;
     Factors f = *args.factors;
-    float scale = f.grad_factor;
-    if (args.norm) {
-        if (args.skip_if_not_finite && !args.norm->finite) return;
-        scale = args.norm->grad_scale;
-    }
+    if (!args.norm->sound) return;
+    float scale = args.norm->grad_scale;
     float keep = fmaf(-f.learning_rate, float(t.weight_decay), 1.0f);
     auto update = [&](float& p, float g, float& m, float& v) {
         g *= scale;
@@ -104,7 +100,7 @@ KERNEL(adamw_step, StepArguments, 512, 2) {
         p -= m * f.step_size / fmaf(sqrtf(v), f.root_factor, f.epsilon);
     };
     bool whole = packable<float, PACK>(t.p, 0) && packable<G, PACK>(t.g, 0) && packable<float, PACK>(t.m, 0) &&
-                 packable<float, PACK>(t.v, 0) && packable<bf16, PACK>(t.rounded, 0);
+                 packable<float, PACK>(t.v, 0);
     int64_t packed = whole ? span.first + (span.last - span.first) / PACK * PACK : span.first;
 #pragma unroll 2
     for (int64_t at = span.first + int64_t(threadIdx.x) * PACK; at < packed; at += int64_t(blockDim.x) * PACK) {
@@ -116,12 +112,6 @@ KERNEL(adamw_step, StepArguments, 512, 2) {
         store_pack<float, PACK>(t.p + at, p);
         store_pack<float, PACK>(t.m + at, m);
         store_pack<float, PACK>(t.v + at, v);
-        if (t.rounded) {
-            Pack<bf16, PACK> rounded;
-#pragma unroll
-            for (int i = 0; i < PACK; ++i) rounded.at[i] = from_float<bf16>(p.at[i]);
-            store_pack<bf16, PACK>(t.rounded + at, rounded);
-        }
     }
     for (int64_t at = packed + threadIdx.x; at < span.last; at += blockDim.x) {
         float p = t.p[at], m = t.m[at], v = t.v[at];
@@ -129,7 +119,6 @@ KERNEL(adamw_step, StepArguments, 512, 2) {
         t.p[at] = p;
         t.m[at] = m;
         t.v[at] = v;
-        if (t.rounded) t.rounded[at] = from_float<bf16>(p);
     }
 }
 
@@ -187,6 +176,6 @@ KERNEL(adamw_norm, NormArguments, 1024, 1) {
     bool clips = f.clip_norm > 0.0f && norm > double(f.clip_norm);
     result.grad_scale = clips ? float(double(f.grad_factor) * (double(f.clip_norm) / norm)) : f.grad_factor;
     // inf - inf and NaN - NaN are NaN.
-    result.finite = norm - norm == 0.0;
+    result.sound = norm - norm == 0.0 && !(f.limit > 0.0f && norm > double(f.limit));
     *args.norm = result;
 }

@@ -1,83 +1,93 @@
 //! The optimizer's kernels, emulated and on the card, against the definition.
 
-use elapid_tensor::bf16;
+use elapid_tensor::{Device, Tensor};
 
-use super::cuda::{Parameter, Parameters};
+use super::cuda::{self, Numbers, Parameter};
 use super::{AdamW, reference};
-use crate::gpu::GpuElement;
-use crate::testing::{close, from_element, gpus, random, to_element, widen};
+use crate::testing::{close, close_tensor, gpus, random_tensor, widen};
 
-fn check<G: GpuElement>(clip_norm: f32) {
-    let options = AdamW { learning_rate: 0.01, ..AdamW::default() };
+const NUMBERS: Numbers = Numbers {
+    update: AdamW {
+        learning_rate: 0.01,
+        beta1: 0.9,
+        beta2: 0.999,
+        epsilon: 1e-8,
+        weight_decay: 0.0,
+    },
+    step: 3,
+    clip_norm: 0.0,
+    limit: 0.0,
+};
+
+fn check(clip_norm: f64) {
     let lengths = [9000, 1, 37, 8192];
     for gpu in gpus() {
-        let up = |values: &[f32]| gpu.upload(values).unwrap();
-        let starts: Vec<[Vec<f32>; 3]> = (0..4u64)
+        let device = Device::Cuda(gpu.id());
+        let draw = |seed: u64, i: usize| random_tensor(10 * seed + i as u64, [lengths[i]]);
+        let mut held: Vec<[Tensor; 4]> = (0..4)
             .map(|i| {
-                let draw = |k: u64| random(10 * i + k, lengths[i as usize]);
-                [draw(0), draw(1), draw(2).iter().map(|v| v * v).collect()]
+                let squares: Vec<f32> =
+                    draw(3, i).to_vec::<f32>().unwrap().iter().map(|v| v * v).collect();
+                let v = Tensor::from_slice(&squares, [lengths[i]]).unwrap();
+                [draw(1, i), draw(2, i), v, draw(4, i)]
             })
             .collect();
-        let grads: Vec<Vec<G>> =
-            (0..4).map(|i| to_element(&random(100 + i, lengths[i as usize]))).collect();
-        let mut held: Vec<_> = starts.iter().map(|[p, m, v]| [up(p), up(m), up(v)]).collect();
-        let on_card: Vec<_> = grads.iter().map(|g| gpu.upload(g).unwrap()).collect();
-        let mut rounded = gpu.zeros::<bf16>(lengths[0]).unwrap();
-        let mut copy = Some(&mut rounded);
-        let mut parameters: Vec<Parameter<'_, G>> = held
+        let before: Vec<[Vec<f64>; 4]> =
+            held.iter().map(|all| all.each_ref().map(|t| t.to_f64_vec().unwrap())).collect();
+        for tensors in &mut held {
+            *tensors = tensors.each_ref().map(|tensor| tensor.to(device).unwrap());
+        }
+        let mut parameters: Vec<Parameter<'_>> = held
             .iter_mut()
-            .zip(&on_card)
             .enumerate()
-            .map(|(i, ([p, m, v], g))| {
-                // The first alone has a rounded copy.
-                let rounded = copy.take();
-                Parameter { p, g, m, v, rounded, weight_decay: 0.1 * i as f64 }
-            })
+            .map(|(i, [p, m, v, g])| Parameter { p, g, m, v, weight_decay: 0.1 * i as f64 })
             .collect();
-        let mut table = Parameters::new(&gpu, &mut parameters).unwrap();
-        table.step(&options, 3, clip_norm, 0.5).unwrap();
-        let found = table.norm().unwrap();
+        let found = cuda::step(&gpu, &mut parameters, &Numbers { clip_norm, ..NUMBERS }).unwrap();
+        assert!(found.taken);
 
-        let wide: Vec<Vec<f64>> = grads.iter().map(|g| from_element(g)).collect();
-        let norm = 0.5 * wide.iter().flatten().map(|g| g * g).sum::<f64>().sqrt();
-        assert!((found / norm - 1.0).abs() < 1e-6, "{found} for {norm}");
-        let limit = f64::from(clip_norm);
-        let scale = 0.5 * if limit > 0.0 && norm > limit { limit / norm } else { 1.0 };
-        for (i, (start, [p, m, v])) in starts.iter().zip(&held).enumerate() {
-            let [mut want_p, mut want_m, mut want_v] = [0, 1, 2].map(|k| widen(&start[k]));
-            let own = AdamW { weight_decay: 0.1 * i as f64, ..options };
-            reference::step([&mut want_p, &mut want_m, &mut want_v], &wide[i], &own, 3, scale);
-            for (name, got, want) in [("p", p, want_p), ("m", m, want_m), ("v", v, want_v)] {
-                close(name, &widen(&got.read().unwrap()), &want, 1e-6);
+        let norm = before.iter().flat_map(|[.., g]| g).map(|g| g * g).sum::<f64>().sqrt();
+        assert!((found.norm / norm - 1.0).abs() < 1e-6, "{} for {norm}", found.norm);
+        let scale = if clip_norm > 0.0 && norm > clip_norm { clip_norm / norm } else { 1.0 };
+        for (i, ([p, m, v, g], got)) in before.into_iter().zip(&held).enumerate() {
+            let [mut want_p, mut want_m, mut want_v] = [p, m, v];
+            let own = AdamW { weight_decay: 0.1 * i as f64, ..NUMBERS.update };
+            reference::step([&mut want_p, &mut want_m, &mut want_v], &g, &own, 3, scale);
+            for (name, got, want) in
+                [("p", &got[0], want_p), ("m", &got[1], want_m), ("v", &got[2], want_v)]
+            {
+                close_tensor(name, got, &want, 1e-6);
             }
         }
-        let copy: Vec<bf16> = to_element(&held[0][0].read().unwrap());
-        assert_eq!(rounded.read().unwrap(), copy);
     }
 }
 
 #[test]
 fn kernels_match_the_definition() {
-    check::<f32>(0.0);
-    check::<f32>(1.0);
-    check::<bf16>(1.0);
+    check(0.0);
+    check(1.0);
 }
 
 #[test]
-fn a_gradient_that_is_not_finite_changes_nothing() {
+fn a_step_that_is_not_sound_changes_nothing() {
     for gpu in gpus() {
-        let ones = gpu.upload(&[1f32; 5]).unwrap();
-        let g = gpu.upload(&[1.0, 2.0, f32::NAN, 0.0, 1.0]).unwrap();
-        let [mut p, mut m, mut v] = [0; 3].map(|_| ones.duplicate().unwrap());
-        let parameter =
-            Parameter { p: &mut p, g: &g, m: &mut m, v: &mut v, rounded: None, weight_decay: 0.1 };
-        let mut parameters = [parameter];
-        let mut table = Parameters::new(&gpu, &mut parameters).unwrap();
-        table.step(&AdamW::default(), 1, 1.0, 1.0).unwrap();
-        assert!(table.norm().unwrap().is_nan());
-        assert!(table.step(&AdamW::default(), 0, 1.0, 1.0).is_err());
-        for buffer in [&p, &m, &v] {
-            assert_eq!(buffer.read().unwrap(), [1.0; 5]);
-        }
+        let device = Device::Cuda(gpu.id());
+        let on = |values: &[f32]| Tensor::from_slice(values, [5]).unwrap().to(device).unwrap();
+        let step = |g: &[f32], limit: f64, step: u64| {
+            let [mut p, mut m, mut v] = [0; 3].map(|_| on(&[1.0; 5]));
+            let g = on(g);
+            let parameter = Parameter { p: &mut p, g: &g, m: &mut m, v: &mut v, weight_decay: 0.1 };
+            let numbers = Numbers { limit, step, ..NUMBERS };
+            let found = cuda::step(&gpu, &mut [parameter], &numbers);
+            let changed = [p, m, v].iter().any(|t| t.to_vec::<f32>().unwrap() != [1.0; 5]);
+            (found, changed)
+        };
+        let (found, changed) = step(&[1.0, 2.0, f32::NAN, 0.0, 1.0], 0.0, 1);
+        assert!(!changed && found.is_ok_and(|found| found.norm.is_nan() && !found.taken));
+        let (found, changed) = step(&[3.0, 4.0, 0.0, 0.0, 0.0], 4.9, 1);
+        assert!(!changed && found.is_ok_and(|found| !found.taken));
+        let (found, changed) = step(&[3.0, 4.0, 0.0, 0.0, 0.0], 5.1, 1);
+        assert!(changed);
+        close("norm", &[found.unwrap().norm], &widen(&[5.0]), 1e-6);
+        assert!(step(&[1.0; 5], 0.0, 0).0.is_err());
     }
 }

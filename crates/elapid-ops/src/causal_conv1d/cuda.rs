@@ -1,6 +1,8 @@
 //! The convolution on a GPU: what `cuda.cu` is given and in what order.
 
-use elapid_tensor::cuda::{DeviceBuffer, Gpu, KernelArguments, Launch, Module, Result, Source};
+use elapid_tensor::cuda::{
+    DeviceBuffer, DeviceSlice, Gpu, KernelArguments, Launch, Module, Result, Source,
+};
 
 use crate::gpu::{DeviceSequences, GpuElement, Rows, array, optional, wrong};
 
@@ -19,11 +21,11 @@ pub struct Inputs<'a, T> {
     /// Input `[T, E]`.
     pub x: Rows<'a, T>,
     /// Taps `[E, W]`, the newest last.
-    pub weight: &'a DeviceBuffer<f32>,
+    pub weight: DeviceSlice<'a, f32>,
     /// Bias `[E]`.
-    pub bias: Option<&'a DeviceBuffer<f32>>,
+    pub bias: Option<DeviceSlice<'a, f32>>,
     /// Inputs before the first token `[slots, E, W - 1]`, oldest first.
-    pub state: Option<&'a DeviceBuffer<f32>>,
+    pub state: Option<DeviceSlice<'a, f32>>,
     /// The sequences of the batch.
     pub sequences: &'a DeviceSequences,
     /// E.
@@ -172,7 +174,7 @@ pub fn forward<T: GpuElement>(
     let (tokens, channels, width) = (inputs.tokens(), inputs.channels, inputs.width);
     let y = gpu.scratch::<T>(tokens * channels)?;
     let state_out = match inputs.state {
-        Some(state) => state.duplicate()?,
+        Some(state) => state.duplicate(gpu)?,
         None => gpu.zeros(inputs.state_len())?,
     };
     let arguments = ForwardArguments {
@@ -207,7 +209,7 @@ pub fn backward<T: GpuElement>(
     gpu: &Gpu,
     inputs: &Inputs<'_, T>,
     dy: Rows<'_, T>,
-    dstate: Option<&DeviceBuffer<f32>>,
+    dstate: Option<DeviceSlice<'_, f32>>,
 ) -> Result<Gradients<T>> {
     inputs.check()?;
     let (tokens, channels, width) = (inputs.tokens(), inputs.channels, inputs.width);
@@ -217,7 +219,7 @@ pub fn backward<T: GpuElement>(
         weight: gpu.scratch(channels * width)?,
         bias: gpu.scratch(channels)?,
         state: match dstate {
-            Some(dstate) => dstate.duplicate()?,
+            Some(dstate) => dstate.duplicate(gpu)?,
             None => gpu.zeros(inputs.state_len())?,
         },
     };

@@ -132,14 +132,14 @@ impl Values {
         // Only rows may lie apart; other views are rare and copied.
         let x = match self.x.row_view::<f32>() {
             Ok(_) => self.x.clone(),
-            Err(_) => self.x.contiguous(),
+            Err(_) => self.x.contiguous()?,
         };
-        let taps = tap_major(self.weight.contiguous().data()?, channels, width);
+        let taps = tap_major(self.weight.contiguous()?.data()?, channels, width);
         let bias = match &self.bias {
             Some(bias) => bias.to_vec::<f32>()?,
             None => vec![0.0; channels],
         };
-        let state = self.state.as_ref().map(Tensor::contiguous);
+        let state = self.state.as_ref().map(Tensor::contiguous).transpose()?;
         let state = state.as_ref().map(|state| state.data::<f32>()).transpose()?;
         f(&Convolution {
             x: x.row_view()?,
@@ -155,10 +155,10 @@ impl Values {
     fn gradients(&self, context: &mut Backward) -> Result<Vec<Option<Tensor>>> {
         let dy = match context.take_grad(0) {
             Some(dy) if dy.row_view::<f32>().is_ok() => dy,
-            Some(dy) => dy.contiguous(),
+            Some(dy) => dy.contiguous()?,
             None => Tensor::zeros::<f32>(self.x.shape()),
         };
-        let dstate = context.take_grad(1).map(|dstate| dstate.contiguous());
+        let dstate = context.take_grad(1).map(|dstate| dstate.contiguous()).transpose()?;
         self.with(|conv| {
             let outer = Outer {
                 dy: dy.row_view()?,

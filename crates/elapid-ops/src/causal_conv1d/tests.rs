@@ -228,7 +228,7 @@ fn not_a_number_stays_in_its_document() {
     let parts = [(5, false), (70, true), (3, false), (64, false), (2, true)];
     let run = |poison: Option<usize>| {
         let mut case = Case::new(9, 19, 4, 7, batch(&parts));
-        let mut x = case.x.detach().contiguous();
+        let mut x = case.x.detach().contiguous().unwrap();
         let mut state = case.state.as_ref().unwrap().detach();
         if let Some(i) = poison {
             let sequence = case.sequences.as_slice()[i];

@@ -46,9 +46,9 @@ fn check<T: GpuElement>(
         let (wide, outer) = (gpu.upload(&wide).unwrap(), gpu.upload(&dy).unwrap());
         let inputs = Inputs {
             x: Rows::part(&wide, first, stride),
-            weight: &w,
-            bias: Some(&b),
-            state: Some(&h),
+            weight: w.slice(),
+            bias: Some(b.slice()),
+            state: Some(h.slice()),
             sequences: &rows,
             channels,
             width,
@@ -60,7 +60,8 @@ fn check<T: GpuElement>(
         close("state", &widen(&found.1.read().unwrap()), &last, tolerance);
         let dstate = up(&dstate);
         let found =
-            cuda::backward(&gpu, &inputs, Rows::new(&outer, channels), Some(&dstate)).unwrap();
+            cuda::backward(&gpu, &inputs, Rows::new(&outer, channels), Some(dstate.slice()))
+                .unwrap();
         close("dx", &from_element(&found.x.read().unwrap()), &grads.x, tolerance);
         close("dstate", &widen(&found.state.read().unwrap()), &grads.state, tolerance);
         close("dweight", &widen(&found.weight.read().unwrap()), &grads.weight, tolerance);
@@ -97,7 +98,7 @@ fn nan_stays_in_its_document() {
             let x = gpu.upload(x).unwrap();
             let inputs = Inputs {
                 x: Rows::new(&x, channels),
-                weight: &weight,
+                weight: weight.slice(),
                 bias: None,
                 state: None,
                 sequences: &rows,

@@ -105,9 +105,9 @@ binary! {
 }
 
 /// A copy without gaps, if runs of the innermost axis cannot be read as they lie.
-fn readable(tensor: &Tensor, inner_stride: usize) -> Tensor {
+fn readable(tensor: &Tensor, inner_stride: usize) -> Result<Tensor> {
     let tensor = tensor.detach();
-    if inner_stride <= 1 { tensor } else { tensor.contiguous() }
+    if inner_stride <= 1 { Ok(tensor) } else { tensor.contiguous() }
 }
 
 /// `op` of every element of `x`, read as if it had `shape`, which it must broadcast to.
@@ -117,7 +117,7 @@ pub(super) fn map<Op: Unary>(
     x: &Tensor,
     shape: Shape,
 ) -> Result<Tensor> {
-    let x = readable(x, Walk::new(&shape, [x]).inner_strides()[0]);
+    let x = readable(x, Walk::new(&shape, [x]).inner_strides()[0])?;
     let walk = Walk::new(&shape, [&x]);
     let repeated = walk.inner_strides() == [0];
     match x.dtype() {
@@ -164,7 +164,7 @@ pub(super) fn zip<Op: Binary>(
     shape: Shape,
 ) -> Result<Tensor> {
     let [x_step, y_step] = Walk::new(&shape, [x, y]).inner_strides();
-    let (x, y) = (readable(x, x_step), readable(y, y_step));
+    let (x, y) = (readable(x, x_step)?, readable(y, y_step)?);
     let walk = Walk::new(&shape, [&x, &y]);
     let [x_step, y_step] = walk.inner_strides();
     match x.dtype() {

@@ -64,15 +64,16 @@ fn unary_gradients_agree_with_finite_differences() {
     for (name, function, exact) in UNARY {
         for wide in [1.0, 8.0] {
             // In f64, the tensors themselves run the definitions.
-            let x = scale(&x, wide).unwrap().cast(elapid_tensor::DType::F64).requires_grad();
-            let dy = dy.cast(elapid_tensor::DType::F64);
+            let x =
+                scale(&x, wide).unwrap().cast(elapid_tensor::DType::F64).unwrap().requires_grad();
+            let dy = dy.cast(elapid_tensor::DType::F64).unwrap();
             let y = function(&x).unwrap();
             let dx = backward(&[(&y, Some(dy.clone()))], &[&x]).unwrap().remove(0).unwrap();
             let dy = dy.to_vec::<f64>().unwrap();
             check_gradient(name, &dx.to_vec::<f64>().unwrap(), &x.to_vec::<f64>().unwrap(), |x| {
                 dot(&x.iter().map(|&x| exact(x)).collect::<Vec<_>>(), &dy)
             });
-            let narrow = x.detach().cast(elapid_tensor::DType::F32).requires_grad();
+            let narrow = x.detach().cast(elapid_tensor::DType::F32).unwrap().requires_grad();
             let y = function(&narrow).unwrap();
             let dy = random_tensor(2, [4, 9]);
             let fast = backward(&[(&y, Some(dy))], &[&narrow]).unwrap().remove(0).unwrap();
@@ -91,7 +92,7 @@ fn a_view_with_gaps_gives_the_bits_of_its_copy() {
         whole.narrow(0, 3, 1).unwrap(),
     ];
     for view in &views {
-        let copy = view.contiguous();
+        let copy = view.contiguous().unwrap();
         for (name, function, _) in UNARY {
             same_bits(name, &function(view).unwrap(), &function(&copy).unwrap());
         }
@@ -108,7 +109,7 @@ fn rows_alone_have_the_bits_of_the_batch() {
     for row in [0, 1, 333, 699] {
         let of = |t: &Tensor| t.narrow(0, row, 1).unwrap();
         let alone = mul(&silu(&of(&x)).unwrap(), &add(&of(&y), &gate).unwrap()).unwrap();
-        same_bits("row", &alone, &of(&whole).contiguous());
+        same_bits("row", &alone, &of(&whole).contiguous().unwrap());
     }
 }
 

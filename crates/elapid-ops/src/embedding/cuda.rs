@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use elapid_tensor::cuda::{DeviceBuffer, Gpu, KernelArguments, Launch, Result, Source};
+use elapid_tensor::cuda::{
+    DeviceBuffer, DeviceSlice, Gpu, KernelArguments, Launch, Result, Source,
+};
 
 use crate::gpu::{GpuElement, Rows, array, wrong};
 
@@ -118,7 +120,7 @@ impl TokenIds {
 /// If the table does not fit, or the GPU fails.
 pub fn forward<T: GpuElement>(
     gpu: &Gpu,
-    table: &DeviceBuffer<f32>,
+    table: DeviceSlice<'_, f32>,
     ids: &TokenIds,
     width: usize,
 ) -> Result<DeviceBuffer<T>> {

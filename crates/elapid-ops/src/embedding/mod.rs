@@ -33,12 +33,12 @@ pub fn embedding(ids: &Tensor, weight: &Tensor) -> Result<Tensor> {
         ));
     }
     let table = weight.detach();
-    let table = if weight.strides()[1] == 1 { table } else { table.contiguous() };
+    let table = if weight.strides()[1] == 1 { table } else { table.contiguous()? };
     let out = Tensor::from_buffer(take_rows(table.row_view::<f32>()?, &rows), [rows.len(), width])?;
     Ok(record_one(OP, &[weight], out, || {
         move |context: &mut Backward| {
             let Some(dy) = context.take_grad(0) else { return Ok(vec![None]) };
-            let dy = dy.contiguous();
+            let dy = dy.contiguous()?;
             let dx = scatter_add(dy.data::<f32>()?, &rows, width, vocab);
             Ok(vec![Some(Tensor::from_buffer(dx, [vocab, width])?)])
         }

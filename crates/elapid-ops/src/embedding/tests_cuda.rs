@@ -22,7 +22,8 @@ fn check<T: GpuElement>(tokens: usize, width: usize) {
     for gpu in gpus() {
         let on_card = TokenIds::upload(&gpu, &ids, classes).unwrap();
         let (table_on_card, dy) = (gpu.upload(&table).unwrap(), gpu.upload(&dy).unwrap());
-        let out = forward::<T>(&gpu, &table_on_card, &on_card, width).unwrap().read().unwrap();
+        let out =
+            forward::<T>(&gpu, table_on_card.slice(), &on_card, width).unwrap().read().unwrap();
         let rounded: Vec<T> = to_element(&table);
         for (t, &id) in ids.iter().enumerate() {
             let row = &rounded[id as usize * width..][..width];

@@ -24,7 +24,7 @@ pub fn select_rows(x: &Tensor, rows: &[usize]) -> Result<Tensor> {
             format!("rows[{k}] is {row}, expected less than the {count} rows of x"),
         ));
     }
-    let values = if x.strides()[1] == 1 { x.detach() } else { x.detach().contiguous() };
+    let values = if x.strides()[1] == 1 { x.detach() } else { x.detach().contiguous()? };
     let shape = [rows.len(), width];
     let out = match x.dtype() {
         DType::F32 => Tensor::from_buffer(cpu::take_rows(values.row_view::<f32>()?, rows), shape)?,
@@ -35,7 +35,7 @@ pub fn select_rows(x: &Tensor, rows: &[usize]) -> Result<Tensor> {
         let rows = rows.to_vec();
         move |context: &mut Backward| {
             let Some(dy) = context.take_grad(0) else { return Ok(vec![None]) };
-            let dy = dy.contiguous();
+            let dy = dy.contiguous()?;
             let shape = [count, width];
             Ok(vec![Some(match dy.dtype() {
                 DType::F64 => Tensor::from_buffer(

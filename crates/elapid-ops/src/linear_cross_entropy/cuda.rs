@@ -1,6 +1,8 @@
 //! Softmax cross-entropy of logits on a GPU, the gradient in their place.
 
-use elapid_tensor::cuda::{DeviceBuffer, Gpu, KernelArguments, Launch, Result, Source};
+use elapid_tensor::cuda::{
+    DeviceBuffer, DeviceSlice, Gpu, KernelArguments, Launch, Result, Source,
+};
 
 use crate::gpu::{GpuElement, array, wrong};
 
@@ -40,7 +42,7 @@ unsafe impl KernelArguments for Arguments {}
 pub fn in_place<T: GpuElement>(
     gpu: &Gpu,
     logits: &mut DeviceBuffer<T>,
-    targets: &DeviceBuffer<i64>,
+    targets: DeviceSlice<'_, i64>,
     (vocab, real_vocab): (usize, usize),
     factor: f64,
 ) -> Result<DeviceBuffer<f32>> {
@@ -51,7 +53,7 @@ pub fn in_place<T: GpuElement>(
     let losses = gpu.scratch::<f32>(rows)?;
     let row_bytes = (real_vocab * size_of::<T>() + 16).next_multiple_of(16);
     let cached = row_bytes <= CACHE;
-    let address = array(OP, "logits", logits, rows * vocab)?;
+    let address = array(OP, "logits", &*logits, rows * vocab)?;
     let arguments = Arguments {
         logits: address,
         logits_stride: vocab as i64,

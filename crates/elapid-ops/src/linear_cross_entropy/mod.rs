@@ -84,9 +84,10 @@ impl Operands {
             }
         }
         let rows_of = |tensor: &Tensor| {
-            if tensor.strides()[1] == 1 { tensor.detach() } else { tensor.detach().contiguous() }
+            let tensor = tensor.detach();
+            if tensor.strides()[1] == 1 { Ok(tensor) } else { tensor.contiguous() }
         };
-        Ok(Self { x: rows_of(x), weight: rows_of(weight), targets, scored, classes: real_vocab })
+        Ok(Self { x: rows_of(x)?, weight: rows_of(weight)?, targets, scored, classes: real_vocab })
     }
 
     fn problem(&self) -> Result<Problem<'_>> {

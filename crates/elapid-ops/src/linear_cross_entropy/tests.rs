@@ -184,7 +184,7 @@ fn wrong_operands_are_named() {
     assert!(run(&x, &random_tensor(2, [7, 5]), &[0, 1, 2], 5).unwrap_err().contains("[7, 4]"));
     let empty = |rows| Tensor::zeros::<f32>([rows, 0]);
     assert!(run(&empty(3), &empty(7), &[0, 1, 2], 5).unwrap_err().contains("at least 1"));
-    let targets = targets_of(&[0, 1, 2]).cast(DType::U32);
+    let targets = targets_of(&[0, 1, 2]).cast(DType::U32).unwrap();
     assert!(linear_cross_entropy(&x, &weight, &targets, 5, Reduction::Mean).is_err());
     let none = run(&Tensor::zeros::<f32>([0, 4]), &weight, &[], 5).unwrap();
     assert_eq!(none.item::<f32>().unwrap(), 0.0);

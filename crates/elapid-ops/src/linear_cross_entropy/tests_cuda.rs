@@ -27,10 +27,10 @@ fn check<T: GpuElement>(rows: usize, vocab: usize, real: usize) {
     for gpu in gpus() {
         let mut logits = gpu.upload(&logits).unwrap();
         let targets = gpu.upload(&targets).unwrap();
-        let found = in_place(&gpu, &mut logits, &targets, (vocab, real), 0.5).unwrap();
+        let found = in_place(&gpu, &mut logits, targets.slice(), (vocab, real), 0.5).unwrap();
         close("losses", &widen(&found.read().unwrap()), &losses, tolerance);
         close("gradient", &from_element(&logits.read().unwrap()), &grads, tolerance);
-        assert!(in_place(&gpu, &mut logits, &targets, (vocab, vocab + 1), 0.5).is_err());
+        assert!(in_place(&gpu, &mut logits, targets.slice(), (vocab, vocab + 1), 0.5).is_err());
     }
 }
 
@@ -49,7 +49,8 @@ fn a_target_that_is_no_class_makes_the_loss_nan() {
     for gpu in gpus() {
         let mut logits = gpu.upload(&random(1, 4 * 8)).unwrap();
         let targets = gpu.upload(&[7i64, 1 << 40, -1, 0]).unwrap();
-        let losses = in_place(&gpu, &mut logits, &targets, (8, 7), 1.0).unwrap().read().unwrap();
+        let losses =
+            in_place(&gpu, &mut logits, targets.slice(), (8, 7), 1.0).unwrap().read().unwrap();
         assert_eq!(
             losses.iter().map(|loss| loss.is_nan()).collect::<Vec<_>>(),
             [true, true, true, false]

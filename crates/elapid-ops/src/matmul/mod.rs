@@ -60,7 +60,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
         return Ok(record_one(OP, &[x, weight], out, || linear_backward(x, weight, None)));
     };
     bias.expect_shape(OP, "bias", &[n])?;
-    let values = bias.detach().contiguous();
+    let values = bias.detach().contiguous()?;
     add_to_rows(out.data_mut::<f32>()?, values.data::<f32>()?);
     Ok(record_one(OP, &[x, weight, bias], out, || linear_backward(x, weight, Some(bias.shape()))))
 }

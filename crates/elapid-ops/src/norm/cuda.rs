@@ -1,6 +1,8 @@
 //! The normalisations on a GPU: what `cuda.cu` is given and in what order.
 
-use elapid_tensor::cuda::{DeviceBuffer, Gpu, KernelArguments, Launch, Module, Result, Source};
+use elapid_tensor::cuda::{
+    DeviceBuffer, DeviceSlice, Gpu, KernelArguments, Launch, Module, Result, Source,
+};
 
 use crate::gpu::{GpuElement, Rows, array, optional, wrong};
 
@@ -23,9 +25,9 @@ pub struct Norm<'a> {
     /// Added to the mean square or variance.
     pub eps: f64,
     /// `[C]`
-    pub weight: Option<&'a DeviceBuffer<f32>>,
+    pub weight: Option<DeviceSlice<'a, f32>>,
     /// `[C]`
-    pub bias: Option<&'a DeviceBuffer<f32>>,
+    pub bias: Option<DeviceSlice<'a, f32>>,
 }
 
 /// Gradients of a normalisation.

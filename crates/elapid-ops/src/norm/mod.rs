@@ -72,14 +72,14 @@ fn norm(
             return Err(tensor.unsupported(op));
         }
     }
-    let weights = weight.map(|weight| weight.detach().contiguous());
-    let biases = bias.map(|bias| bias.detach().contiguous());
+    let weights = weight.map(|weight| weight.detach().contiguous()).transpose()?;
+    let biases = bias.map(|bias| bias.detach().contiguous()).transpose()?;
     let affine = Affine {
         weight: weights.as_ref().map(Tensor::data).transpose()?,
         bias: biases.as_ref().map(Tensor::data).transpose()?,
     };
-    let x_rows = with_whole_rows(x);
-    let residual_rows = residual.map(with_whole_rows);
+    let x_rows = with_whole_rows(x)?;
+    let residual_rows = residual.map(with_whole_rows).transpose()?;
     let (y, sum) = cpu::forward(
         kind,
         x_rows.row_view()?,
@@ -119,10 +119,11 @@ fn gradients(
         // Only residual_out was used: its gradient passes through.
         None => dr = dsum,
         Some(dy) => {
-            let r = with_whole_rows(&r.get()?);
+            let r = with_whole_rows(&r.get()?)?;
             let (t, c) = (r.dim(0), r.dim(1));
-            let weight = weight.map(Saved::get).transpose()?.map(|weight| weight.contiguous());
-            let (dy, dsum) = (with_whole_rows(&dy), dsum.as_ref().map(with_whole_rows));
+            let weight = weight.map(|weight| weight.get()?.contiguous()).transpose()?;
+            let dy = with_whole_rows(&dy)?;
+            let dsum = dsum.as_ref().map(with_whole_rows).transpose()?;
             let found = cpu::backward(
                 kind,
                 r.row_view()?,
@@ -149,7 +150,7 @@ fn gradients(
 }
 
 /// The values of a tensor whose rows have no gaps, without a place in the graph.
-fn with_whole_rows(tensor: &Tensor) -> Tensor {
+fn with_whole_rows(tensor: &Tensor) -> Result<Tensor> {
     let tensor = tensor.detach();
-    if tensor.row_view::<f32>().is_ok() { tensor } else { tensor.contiguous() }
+    if tensor.has_whole_rows() { Ok(tensor) } else { tensor.contiguous() }
 }

@@ -31,7 +31,8 @@ fn check<T: GpuElement>(seed: u64, (rows, width): (usize, usize), center: bool, 
         let up = |values: &[f32]| gpu.upload(values).unwrap();
         let (weight, bias, add, dsum) = (up(&weight), up(&bias), up(&add), up(&dsum));
         let (wide, dy) = (gpu.upload(&wide).unwrap(), gpu.upload(&dy).unwrap());
-        let norm = Norm { width, center, eps, weight: Some(&weight), bias: Some(&bias) };
+        let norm =
+            Norm { width, center, eps, weight: Some(weight.slice()), bias: Some(bias.slice()) };
         let tolerance = if T::CUDA == "float" { 1e-5 } else { 1e-2 };
         let x = Rows::part(&wide, 0, stride);
         let (found, sum) =

@@ -59,7 +59,7 @@ fn sum_values(
     factor: f64,
     out: Shape,
 ) -> Result<Tensor> {
-    let x = x.detach().contiguous();
+    let x = x.detach().contiguous()?;
     match x.dtype() {
         DType::F32 => Tensor::from_buffer(cpu::sum(x.data()?, extents, factor), out),
         DType::F64 => {
@@ -115,7 +115,7 @@ pub fn max(x: &Tensor, axis: Option<usize>) -> Result<Tensor> {
     if count == 0 {
         return Err(x.shape_error("max", "x", "at least one element to choose from"));
     }
-    let values = x.detach().contiguous();
+    let values = x.detach().contiguous()?;
     let (out, places) = match x.dtype() {
         DType::F32 => {
             let (values, places) = cpu::max(values.data()?, extents);
@@ -131,7 +131,7 @@ pub fn max(x: &Tensor, axis: Option<usize>) -> Result<Tensor> {
     Ok(record_one("max", &[x], out, || {
         move |context: &mut Backward| {
             let Some(grad) = context.take_grad(0) else { return Ok(vec![None]) };
-            let grad = grad.contiguous();
+            let grad = grad.contiguous()?;
             let target = |at: usize| ((at / inner) * count + places[at]) * inner + at % inner;
             Ok(vec![Some(match grad.dtype() {
                 DType::F64 => place(grad.data::<f64>()?, target, shape)?,

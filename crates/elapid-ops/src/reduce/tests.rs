@@ -127,7 +127,7 @@ fn the_largest_is_the_first_of_equals_and_nan_wins() {
     let dy = Tensor::from_slice(&[5f32, 7.0], [2]).unwrap();
     let dx = backward(&[(&y, Some(dy))], &[&leaf]).unwrap().remove(0).unwrap();
     assert_eq!(dx.to_vec::<f32>().unwrap(), [0.0, 5.0, 0.0, 7.0, 0.0, 0.0]);
-    let wide = max(&x.cast(DType::F64), None).unwrap();
+    let wide = max(&x.cast(DType::F64).unwrap(), None).unwrap();
     assert!(wide.item::<f64>().unwrap().is_nan());
 }
 

@@ -7,7 +7,9 @@
 use std::ops::Range;
 
 use elapid_tensor::Sequences;
-use elapid_tensor::cuda::{DeviceBuffer, Gpu, KernelArguments, Launch, Module, Result, Source};
+use elapid_tensor::cuda::{
+    DeviceBuffer, DeviceSlice, Gpu, KernelArguments, Launch, Module, Result, Source,
+};
 
 use super::{MAX_STATES, OP};
 use crate::gpu::{GpuElement, Rows, array, optional, wrong};
@@ -48,21 +50,21 @@ pub struct Inputs<'a, T> {
     /// δ before bias and softplus, `[T, E]`.
     pub delta: Rows<'a, T>,
     /// Decay rates `[E, N]`.
-    pub a: &'a DeviceBuffer<f32>,
+    pub a: DeviceSlice<'a, f32>,
     /// Input map `[T, G, N]`.
     pub b: Rows<'a, T>,
     /// Output map `[T, G, N]`.
     pub c: Rows<'a, T>,
     /// Skip `[E]`.
-    pub d: Option<&'a DeviceBuffer<f32>>,
+    pub d: Option<DeviceSlice<'a, f32>>,
     /// Gate `[T, E]`.
     pub z: Option<Rows<'a, T>>,
     /// Added to δ, `[E]`.
-    pub delta_bias: Option<&'a DeviceBuffer<f32>>,
+    pub delta_bias: Option<DeviceSlice<'a, f32>>,
     /// Whether Δ is the softplus of δ + bias.
     pub delta_softplus: bool,
     /// State `[slots, E, N]` that continued sequences start from.
-    pub state: Option<&'a DeviceBuffer<f32>>,
+    pub state: Option<DeviceSlice<'a, f32>>,
     /// The division of the batch.
     pub plan: &'a Plan,
 }
@@ -410,7 +412,7 @@ impl<T: GpuElement> Inputs<'_, T> {
         &self,
         gpu: &Gpu,
         dy: Option<Rows<'_, T>>,
-        edge: Option<&DeviceBuffer<f32>>,
+        edge: Option<DeviceSlice<'_, f32>>,
     ) -> Result<Option<DeviceBuffer<f32>>> {
         let plan = self.plan;
         if !plan.is_cut() {
@@ -464,7 +466,7 @@ pub fn forward<T: GpuElement>(
     let y = gpu.scratch::<T>(tokens * plan.channels)?;
     // Slots that no sequence changes hand their state through.
     let last = match inputs.state {
-        Some(state) => state.duplicate()?,
+        Some(state) => state.duplicate(gpu)?,
         None => gpu.zeros(plan.state_len())?,
     };
     let chunks = save.then(|| gpu.scratch::<f32>(plan.chunks * plan.matrix())).transpose()?;
@@ -494,7 +496,7 @@ pub fn backward<T: GpuElement>(
     inputs: &Inputs<'_, T>,
     chunks: &Chunks,
     dy: Rows<'_, T>,
-    dlast: Option<&DeviceBuffer<f32>>,
+    dlast: Option<DeviceSlice<'_, f32>>,
 ) -> Result<Gradients<T>> {
     let plan = inputs.plan;
     let (tokens, e) = (plan.sequences.tokens(), plan.channels);
@@ -510,7 +512,7 @@ pub fn backward<T: GpuElement>(
         z: gpu.scratch(if inputs.z.is_some() { tokens * e } else { 0 })?,
         delta_bias: gpu.scratch(if has_bias { e } else { 0 })?,
         state: match dlast {
-            Some(dlast) => dlast.duplicate()?,
+            Some(dlast) => dlast.duplicate(gpu)?,
             None => gpu.zeros(plan.state_len())?,
         },
     };

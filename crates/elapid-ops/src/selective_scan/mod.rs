@@ -232,8 +232,8 @@ impl<V> Values<V> {
 }
 
 /// The tensor, copied if anything but its rows lies apart.
-fn by_rows(tensor: &Tensor) -> Tensor {
-    if tensor.row_view::<f32>().is_ok() { tensor.clone() } else { tensor.contiguous() }
+fn by_rows(tensor: &Tensor) -> Result<Tensor> {
+    if tensor.has_whole_rows() { Ok(tensor.clone()) } else { tensor.contiguous() }
 }
 
 impl Values<Tensor> {
@@ -249,11 +249,11 @@ impl Values<Tensor> {
         fn rows(tensor: &Option<Tensor>) -> Result<Option<RowView<'_, f32>>> {
             tensor.as_ref().map(Tensor::row_view).transpose()
         }
-        let a = self.a.contiguous();
+        let a = self.a.contiguous()?;
         let projection = |tensor: &Tensor| {
             if tensor.shape() == a.shape() { tensor.contiguous() } else { by_rows(tensor) }
         };
-        let (b, c) = (projection(&self.b), projection(&self.c));
+        let (b, c) = (projection(&self.b)?, projection(&self.c)?);
         fn project<'t>(tensor: &'t Tensor, a: &Tensor) -> Result<Projection<'t, f32>> {
             Ok(if tensor.shape() == a.shape() {
                 Projection::Constant(tensor.data()?)
@@ -261,11 +261,11 @@ impl Values<Tensor> {
                 Projection::Token { rows: tensor.row_view()?, groups: tensor.dim(1) }
             })
         }
-        let (u, delta) = (by_rows(&self.u), by_rows(&self.delta));
-        let z = self.z.as_ref().map(by_rows);
-        let d = self.d.as_ref().map(Tensor::contiguous);
-        let delta_bias = self.delta_bias.as_ref().map(Tensor::contiguous);
-        let state = self.state.as_ref().map(Tensor::contiguous);
+        let (u, delta) = (by_rows(&self.u)?, by_rows(&self.delta)?);
+        let z = self.z.as_ref().map(by_rows).transpose()?;
+        let d = self.d.as_ref().map(Tensor::contiguous).transpose()?;
+        let delta_bias = self.delta_bias.as_ref().map(Tensor::contiguous).transpose()?;
+        let state = self.state.as_ref().map(Tensor::contiguous).transpose()?;
         f(&Arguments {
             channels: a.dim(0),
             states: a.dim(1),
@@ -291,10 +291,10 @@ impl Values<Tensor> {
         chunk_states: &[f32],
     ) -> Result<Vec<Option<Tensor>>> {
         let dy = match context.take_grad(0) {
-            Some(dy) => by_rows(&dy),
+            Some(dy) => by_rows(&dy)?,
             None => Tensor::zeros::<f32>(self.u.shape()),
         };
-        let dlast = context.take_grad(1).map(|dlast| dlast.contiguous());
+        let dlast = context.take_grad(1).map(|dlast| dlast.contiguous()).transpose()?;
         self.with(sequences, |x| {
             let dlast = dlast.as_ref().map(Tensor::data).transpose()?;
             let grad = backward_cpu(x, chunk_states, dy.row_view()?, dlast);

@@ -25,7 +25,7 @@ fn record_rows(
         return Err(x.shape_error(op, "x", "at least one axis"));
     };
     let shape = x.shape();
-    let values = x.detach().contiguous();
+    let values = x.detach().contiguous()?;
     let mut out = Buffer::<f32>::scratch(x.elements());
     if !out.is_empty() {
         forward(values.data()?, &mut out, width);
@@ -36,7 +36,7 @@ fn record_rows(
         let y = Saved::new(&result);
         move |context: &mut Backward| {
             let Some(dy) = context.take_grad(0) else { return Ok(vec![None]) };
-            let (y, dy) = (y.get()?, dy.contiguous());
+            let (y, dy) = (y.get()?, dy.contiguous()?);
             let mut dx = Buffer::copy_of(y.data::<f32>()?);
             if !dx.is_empty() {
                 backward(dy.data()?, &mut dx, width);

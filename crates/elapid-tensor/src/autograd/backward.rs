@@ -105,10 +105,13 @@ pub fn backward(
                 grad.expect_shape("backward", &format!("gradient of root {i}"), &root.shape())?;
                 grad.detach()
             }
-            None if root.elements() == 1 => match root.dtype() {
-                DType::F64 => Tensor::filled(1f64, root.shape()),
-                _ => Tensor::filled(1f32, root.shape()),
-            },
+            None if root.elements() == 1 => {
+                let one = match root.dtype() {
+                    DType::F64 => Tensor::filled(1f64, root.shape()),
+                    _ => Tensor::filled(1f32, root.shape()),
+                };
+                one.to(root.device())?
+            }
             None => {
                 return Err(root.shape_error(
                     "backward",
@@ -247,14 +250,15 @@ fn add_to(grads: &mut HashMap<Key, Tensor>, key: Key, grad: Tensor) -> Result<()
     Ok(())
 }
 
-/// `sum += term` in place (f32 or f64), element by element: the sum's storage is changed if nobody shares it.
+/// `sum += term` in place, element by element: the sum's storage is changed if nobody shares it. Types are f32 or f64,
+/// on a GPU f32 or bf16.
 ///
 /// # Errors
-/// If the shapes or types differ, or the type is not f32 or f64.
+/// If the shapes, types or devices differ, or the type is another.
 pub fn accumulate(sum: &mut Tensor, term: &Tensor) -> Result<()> {
     fn add<T: crate::Element + std::ops::AddAssign>(sum: &mut Tensor, term: &Tensor) -> Result<()> {
         const BLOCK: usize = 1 << 15;
-        let term = term.detach().contiguous();
+        let term = term.detach().contiguous()?;
         let term = term.data::<T>()?;
         let to = sum.data_mut::<T>()?;
         let add = |(to, from): (&mut [T], &[T])| {
@@ -270,6 +274,10 @@ pub fn accumulate(sum: &mut Tensor, term: &Tensor) -> Result<()> {
         Ok(())
     }
     term.expect_shape("accumulate", "term", &sum.shape())?;
+    term.expect_device("accumulate", "term", sum.device())?;
+    if sum.gpu().is_some() {
+        return sum.add_on_gpu(term);
+    }
     term.expect_dtype("accumulate", "term", sum.dtype())?;
     match sum.dtype() {
         DType::F32 => add::<f32>(sum, term),

@@ -1,6 +1,6 @@
 //! A GPU, real or emulated: kernels, launches, events.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,6 +16,7 @@ use super::source::{KernelArguments, Source};
 pub struct Gpu(Arc<Inner>);
 
 struct Inner {
+    id: GpuId,
     driver: Driver,
     pool: Mutex<Pool>,
     modules: Mutex<HashMap<String, Module>>,
@@ -82,13 +83,64 @@ enum EventInner {
     Host(std::time::Instant),
 }
 
+/// Which GPU: a card of this machine by number, or the emulation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum GpuId {
+    /// `cuda:N`.
+    Card(u16),
+    /// `cuda:emulated`: the kernels on the host, for tests.
+    Emulated,
+}
+
+impl fmt::Display for GpuId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            GpuId::Card(ordinal) => write!(f, "cuda:{ordinal}"),
+            GpuId::Emulated => f.write_str("cuda:emulated"),
+        }
+    }
+}
+
+impl GpuId {
+    /// The GPU, opened on the first call; later calls give the same one, with the same stream and memory.
+    ///
+    /// # Errors
+    /// As [`Gpu::open`] and [`Gpu::emulated`].
+    pub fn gpu(self) -> Result<Gpu> {
+        static OPEN: Mutex<BTreeMap<GpuId, Gpu>> = Mutex::new(BTreeMap::new());
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(gpu) = open.get(&self) {
+            return Ok(gpu.clone());
+        }
+        let gpu = Gpu::new(
+            self,
+            match self {
+                GpuId::Card(ordinal) => Driver::Card(Card::open(ordinal.into())?),
+                GpuId::Emulated => {
+                    host::check_compiler()?;
+                    Driver::Host
+                }
+            },
+        );
+        open.insert(self, gpu.clone());
+        Ok(gpu)
+    }
+}
+
+impl PartialEq for Gpu {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.id == other.0.id
+    }
+}
+impl Eq for Gpu {}
+
 impl Gpu {
-    /// Card `ordinal` of this machine.
+    /// Card `ordinal` of this machine; the same one for every caller.
     ///
     /// # Errors
     /// If the driver is missing or too old, there is no such card, or the card cannot be used.
-    pub fn open(ordinal: usize) -> Result<Self> {
-        Ok(Self::new(Driver::Card(Card::open(ordinal)?)))
+    pub fn open(ordinal: u16) -> Result<Self> {
+        GpuId::Card(ordinal).gpu()
     }
 
     /// The kernels on the host, for tests: slow, but the same texts and the same calls.
@@ -96,12 +148,17 @@ impl Gpu {
     /// # Errors
     /// If there is no C++ compiler (`c++`, or what CXX names).
     pub fn emulated() -> Result<Self> {
-        host::check_compiler()?;
-        Ok(Self::new(Driver::Host))
+        GpuId::Emulated.gpu()
     }
 
-    fn new(driver: Driver) -> Self {
+    /// Which one it is.
+    pub fn id(&self) -> GpuId {
+        self.0.id
+    }
+
+    fn new(id: GpuId, driver: Driver) -> Self {
         Self(Arc::new(Inner {
+            id,
             driver,
             pool: Mutex::new(Pool::default()),
             modules: Mutex::new(HashMap::new()),
@@ -286,10 +343,7 @@ impl Event {
 
 impl fmt::Display for Gpu {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.driver() {
-            Driver::Card(card) => write!(f, "cuda:{}", card.ordinal()),
-            Driver::Host => f.write_str("cuda:emulated"),
-        }
+        self.0.id.fmt(f)
     }
 }
 

@@ -32,15 +32,99 @@ fn size_class(bytes: usize) -> usize {
     bytes.max(1).next_multiple_of(step)
 }
 
-/// An owned run of elements in the memory of a GPU; it goes back to its GPU when dropped. As all work of a GPU is
-/// in one order, memory can be used again by later calls while earlier ones are still running.
+/// Bytes in the memory of a GPU that go back to it when dropped. As all work of a GPU is in one order, memory can be
+/// used again by later calls while earlier ones are still running.
 #[derive(Debug)]
-pub struct DeviceBuffer<T> {
+pub(crate) struct DeviceBlock {
     gpu: Gpu,
     address: u64,
     capacity: usize,
+    bytes: usize,
+}
+
+/// An owned run of elements in the memory of a GPU; it goes back to its GPU when dropped.
+#[derive(Debug)]
+pub struct DeviceBuffer<T> {
+    block: DeviceBlock,
     len: usize,
     element: PhantomData<T>,
+}
+
+/// A run of elements in the memory of a GPU, borrowed: what launches are given.
+#[derive(Debug)]
+pub struct DeviceSlice<'a, T> {
+    address: u64,
+    len: usize,
+    element: PhantomData<&'a T>,
+}
+
+// Not derived: that would ask for T: Copy, and the elements are only referred to.
+impl<T> Clone for DeviceSlice<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for DeviceSlice<'_, T> {}
+
+impl<T> DeviceSlice<'_, T> {
+    /// Address of the first element, for arguments of kernels.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True if there is no element.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// At most the first `len` elements.
+    pub fn first(&self, len: usize) -> Self {
+        Self { len: self.len.min(len), ..*self }
+    }
+}
+
+impl<'a, T: Pod> From<&'a DeviceBuffer<T>> for DeviceSlice<'a, T> {
+    fn from(buffer: &'a DeviceBuffer<T>) -> Self {
+        buffer.slice()
+    }
+}
+
+impl DeviceBlock {
+    pub(crate) fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    pub(crate) fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// The elements from byte `first` on. The caller says that they are of type T.
+    pub(crate) fn slice<T: Pod>(&self, first: usize) -> DeviceSlice<'_, T> {
+        DeviceSlice {
+            address: self.address + first as u64,
+            len: self.bytes.saturating_sub(first) / size_of::<T>(),
+            element: PhantomData,
+        }
+    }
+
+    /// Bytes from `first` on, after all work before this call.
+    pub(crate) fn read_into(&self, first: usize, to: &mut [u8]) -> Result<()> {
+        debug_assert!(first + to.len() <= self.bytes);
+        match self.gpu.driver() {
+            Driver::Card(card) => card.copy_out(self.address + first as u64, to),
+            // SAFETY: the block holds as many bytes.
+            Driver::Host => unsafe {
+                let from = (self.address as *const u8).add(first);
+                to.as_mut_ptr().copy_from_nonoverlapping(from, to.len());
+                Ok(())
+            },
+        }
+    }
 }
 
 impl Gpu {
@@ -49,7 +133,11 @@ impl Gpu {
     /// # Errors
     /// [`GpuError::OutOfMemory`], after waiting memory has been given back to the driver.
     pub fn scratch<T: Pod>(&self, len: usize) -> Result<DeviceBuffer<T>> {
-        let bytes = len * size_of::<T>();
+        let block = self.scratch_block(len * size_of::<T>())?;
+        Ok(DeviceBuffer { block, len, element: PhantomData })
+    }
+
+    pub(crate) fn scratch_block(&self, bytes: usize) -> Result<DeviceBlock> {
         // The emulated device gives exactly what is asked for, so that a sanitizer sees every stray access.
         let capacity = if self.is_emulated() { bytes.max(1) } else { size_class(bytes) };
         let mut pool = self.pool();
@@ -70,7 +158,7 @@ impl Gpu {
         pool.usage.in_use += capacity;
         pool.usage.peak = pool.usage.peak.max(pool.usage.in_use);
         drop(pool);
-        Ok(DeviceBuffer { gpu: self.clone(), address, capacity, len, element: PhantomData })
+        Ok(DeviceBlock { gpu: self.clone(), address, capacity, bytes })
     }
 
     /// `len` zeros.
@@ -78,15 +166,20 @@ impl Gpu {
     /// # Errors
     /// As [`Gpu::scratch`].
     pub fn zeros<T: Pod + Zeroable>(&self, len: usize) -> Result<DeviceBuffer<T>> {
-        let buffer = self.scratch::<T>(len)?;
+        let block = self.zeroed(len * size_of::<T>())?;
+        Ok(DeviceBuffer { block, len, element: PhantomData })
+    }
+
+    pub(crate) fn zeroed(&self, bytes: usize) -> Result<DeviceBlock> {
+        let block = self.scratch_block(bytes)?;
         match self.driver() {
-            Driver::Card(card) => card.fill_zero(buffer.address, len * size_of::<T>())?,
+            Driver::Card(card) => card.fill_zero(block.address, bytes)?,
             // SAFETY: the block is that long and nobody else has it.
             Driver::Host => unsafe {
-                (buffer.address as *mut u8).write_bytes(0, len * size_of::<T>());
+                (block.address as *mut u8).write_bytes(0, bytes);
             },
         }
-        Ok(buffer)
+        Ok(block)
     }
 
     /// A copy of `values`. The values are read before the call returns.
@@ -140,7 +233,16 @@ impl Gpu {
 impl<T: Pod> DeviceBuffer<T> {
     /// Address of the first element, for arguments of kernels.
     pub fn address(&self) -> u64 {
-        self.address
+        self.block.address
+    }
+
+    /// All elements, borrowed.
+    pub fn slice(&self) -> DeviceSlice<'_, T> {
+        DeviceSlice { address: self.block.address, len: self.len, element: PhantomData }
+    }
+
+    pub(crate) fn into_block(self) -> DeviceBlock {
+        self.block
     }
 
     /// Number of elements.
@@ -155,7 +257,7 @@ impl<T: Pod> DeviceBuffer<T> {
 
     /// The GPU whose memory it is.
     pub fn gpu(&self) -> &Gpu {
-        &self.gpu
+        &self.block.gpu
     }
 
     /// Overwrites all elements.
@@ -167,13 +269,13 @@ impl<T: Pod> DeviceBuffer<T> {
     /// If the lengths differ.
     pub fn write(&mut self, values: &[T]) -> Result<()> {
         assert_eq!(values.len(), self.len);
-        match self.gpu.driver() {
-            Driver::Card(card) => card.copy_in(self.address, bytemuck::cast_slice(values)),
+        match self.gpu().driver() {
+            Driver::Card(card) => card.copy_in(self.address(), bytemuck::cast_slice(values)),
             Driver::Host => {
                 let from = bytemuck::cast_slice::<T, u8>(values);
                 // SAFETY: the block holds as many bytes, and nobody else has it.
                 unsafe {
-                    (self.address as *mut u8).copy_from_nonoverlapping(from.as_ptr(), from.len());
+                    (self.address() as *mut u8).copy_from_nonoverlapping(from.as_ptr(), from.len());
                 }
                 Ok(())
             }
@@ -185,17 +287,7 @@ impl<T: Pod> DeviceBuffer<T> {
     /// # Errors
     /// As [`Gpu::scratch`].
     pub fn duplicate(&self) -> Result<Self> {
-        let copy = self.gpu.scratch::<T>(self.len)?;
-        let bytes = self.len * size_of::<T>();
-        match self.gpu.driver() {
-            Driver::Card(card) => card.copy_within(copy.address, self.address, bytes)?,
-            // SAFETY: both blocks hold as many bytes, and the copy is nobody else's.
-            Driver::Host => unsafe {
-                (copy.address as *mut u8)
-                    .copy_from_nonoverlapping(self.address as *const u8, bytes);
-            },
-        }
-        Ok(copy)
+        self.slice().duplicate(self.gpu())
     }
 
     /// The elements, after all work before this call.
@@ -204,19 +296,32 @@ impl<T: Pod> DeviceBuffer<T> {
     /// If the driver refuses, or earlier work failed.
     pub fn read(&self) -> Result<Vec<T>> {
         let mut values = vec![T::zeroed(); self.len];
-        let to = bytemuck::cast_slice_mut::<T, u8>(&mut values);
-        match self.gpu.driver() {
-            Driver::Card(card) => card.copy_out(self.address, to)?,
-            // SAFETY: the block holds as many bytes.
-            Driver::Host => unsafe {
-                to.as_mut_ptr().copy_from_nonoverlapping(self.address as *const u8, to.len());
-            },
-        }
+        self.block.read_into(0, bytemuck::cast_slice_mut::<T, u8>(&mut values))?;
         Ok(values)
     }
 }
 
-impl<T> Drop for DeviceBuffer<T> {
+impl<T: Pod> DeviceSlice<'_, T> {
+    /// A copy in the same GPU's memory.
+    ///
+    /// # Errors
+    /// As [`Gpu::scratch`].
+    pub fn duplicate(&self, gpu: &Gpu) -> Result<DeviceBuffer<T>> {
+        let copy = gpu.scratch::<T>(self.len)?;
+        let bytes = self.len * size_of::<T>();
+        match gpu.driver() {
+            Driver::Card(card) => card.copy_within(copy.address(), self.address, bytes)?,
+            // SAFETY: both blocks hold as many bytes, and the copy is nobody else's.
+            Driver::Host => unsafe {
+                (copy.address() as *mut u8)
+                    .copy_from_nonoverlapping(self.address as *const u8, bytes);
+            },
+        }
+        Ok(copy)
+    }
+}
+
+impl Drop for DeviceBlock {
     fn drop(&mut self) {
         let mut pool = self.gpu.pool();
         pool.usage.in_use -= self.capacity;
@@ -230,11 +335,6 @@ impl<T> Drop for DeviceBuffer<T> {
         pool.free.entry(self.capacity).or_default().push(self.address);
     }
 }
-
-// SAFETY: a buffer owns its memory; device memory is reached only through calls that take a reference to it.
-unsafe impl<T: Send> Send for DeviceBuffer<T> {}
-// SAFETY: as above.
-unsafe impl<T: Sync> Sync for DeviceBuffer<T> {}
 
 #[cfg(test)]
 mod tests {

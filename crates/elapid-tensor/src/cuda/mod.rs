@@ -10,6 +10,7 @@
 
 mod cache;
 mod card;
+pub(crate) mod copy;
 mod error;
 mod gpu;
 mod host;
@@ -21,6 +22,7 @@ mod tests;
 
 pub use card::Card;
 pub use error::{GpuError, Result};
-pub use gpu::{Event, Gpu, Kernel, Launch, Module};
-pub use memory::{DeviceBuffer, Usage};
+pub use gpu::{Event, Gpu, GpuId, Kernel, Launch, Module};
+pub(crate) use memory::DeviceBlock;
+pub use memory::{DeviceBuffer, DeviceSlice, Usage};
 pub use source::{KernelArguments, Source};

@@ -125,7 +125,11 @@ pub fn train_step(
         }
     }
     report.grad_norm = {
-        let whole: Vec<Tensor> = gradients.iter().flatten().map(Tensor::contiguous).collect();
+        let whole: Vec<Tensor> = gradients
+            .iter()
+            .flatten()
+            .map(Tensor::contiguous)
+            .collect::<elapid_tensor::Result<_>>()?;
         let slices = whole.iter().map(|gradient| gradient.data::<f32>());
         global_norm(&slices.collect::<elapid_tensor::Result<Vec<_>>>()?)
     };

@@ -1,6 +1,6 @@
 //! The kernels of the scan, emulated and on the card, against the reference.
 
-use elapid_tensor::cuda::Gpu;
+use elapid_tensor::cuda::{DeviceBuffer, Gpu};
 use elapid_tensor::{Sequences, bf16};
 
 use super::super::Gradients;
@@ -25,18 +25,25 @@ fn run<T: GpuElement>(gpu: &Gpu, case: &Case<f32>, cut: Cut) -> Results<f64> {
     let inputs = Inputs {
         u: Rows::new(&u, e),
         delta: Rows::new(&delta, e),
-        a: &a,
+        a: a.slice(),
         b: Rows::new(&b, groups * n),
         c: Rows::new(&c, groups * n),
-        d: d.as_ref(),
+        d: d.as_ref().map(DeviceBuffer::slice),
         z: z.as_ref().map(|z| Rows::new(z, e)),
-        delta_bias: bias.as_ref(),
+        delta_bias: bias.as_ref().map(DeviceBuffer::slice),
         delta_softplus: case.softplus,
-        state: h0.as_ref(),
+        state: h0.as_ref().map(DeviceBuffer::slice),
         plan: &plan,
     };
     let (y, last, chunks) = forward(gpu, &inputs, true).unwrap();
-    let grad = backward(gpu, &inputs, &chunks.unwrap(), Rows::new(&dy, e), dlast.as_ref()).unwrap();
+    let grad = backward(
+        gpu,
+        &inputs,
+        &chunks.unwrap(),
+        Rows::new(&dy, e),
+        dlast.as_ref().map(DeviceBuffer::slice),
+    )
+    .unwrap();
     let typed =
         |values: &elapid_tensor::cuda::DeviceBuffer<T>| from_element(&values.read().unwrap());
     let plain =

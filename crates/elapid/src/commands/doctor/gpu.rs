@@ -47,7 +47,7 @@ impl Gpus {
         match Card::count() {
             Ok(count) => {
                 for ordinal in 0..count {
-                    match Gpu::open(ordinal) {
+                    match Gpu::open(ordinal as u16) {
                         Ok(gpu) => cards.extend(gpu.card().map(|card| CardReport::new(&gpu, card))),
                         Err(error) => problem = Some(error.to_string()),
                     }
