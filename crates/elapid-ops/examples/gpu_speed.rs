@@ -152,7 +152,7 @@ fn convolutions(gpu: &Gpu, count: usize, length: usize, e: usize, bandwidth: f64
     let inputs = |set: usize| conv::Inputs {
         x: Rows::new(&x[set], e),
         weight: weight.slice(),
-        bias: Some(&bias),
+        bias: Some(bias.slice()),
         state: None,
         sequences: &sequences,
         channels: e,

@@ -22,6 +22,6 @@ pub use dtype::{DType, Element};
 pub use error::{Error, Result};
 pub use half::{bf16, f16};
 pub use memory::Buffer;
-pub use sequences::{Sequence, Sequences};
+pub use sequences::{KeptKey, Sequence, Sequences};
 pub use shape::{MAX_RANK, Shape};
 pub use tensor::{RowView, Tensor};

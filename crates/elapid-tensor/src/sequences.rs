@@ -6,10 +6,13 @@
 //! at which position of its document it starts, and which id keys its random draws. Packed training
 //! (PackMamba, arXiv 2408.03865), unequal prompts, chunked prefill and one-token decode are all this one type.
 
+use std::any::{Any, TypeId};
+use std::collections::HashMap;
+use std::fmt;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::{Error, Result};
+use crate::{Device, Error, Result};
 
 /// One sequence of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -41,11 +44,27 @@ pub struct Sequences {
     inner: Arc<Inner>,
 }
 
-#[derive(Debug, PartialEq, Eq)]
 struct Inner {
     sequences: Vec<Sequence>,
     tokens: usize,
     slots: usize,
+    kept: Mutex<HashMap<(TypeId, KeptKey), Arc<dyn Any + Send + Sync>>>,
+}
+
+/// Tells apart what is kept of one type with a division: a device, and up to four sizes.
+pub type KeptKey = (Device, [usize; 4]);
+
+impl PartialEq for Inner {
+    fn eq(&self, other: &Self) -> bool {
+        (&self.sequences, self.tokens, self.slots) == (&other.sequences, other.tokens, other.slots)
+    }
+}
+impl Eq for Inner {}
+
+impl fmt::Debug for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} tokens, {} slots: {:?}", self.tokens, self.slots, self.sequences)
+    }
 }
 
 impl Sequences {
@@ -62,7 +81,11 @@ impl Sequences {
                 sequence
             })
             .collect();
-        Self { inner: Arc::new(Inner { sequences, tokens: start, slots: lengths.len() }) }
+        Self::made(sequences, start, lengths.len())
+    }
+
+    fn made(sequences: Vec<Sequence>, tokens: usize, slots: usize) -> Self {
+        Self { inner: Arc::new(Inner { sequences, tokens, slots, kept: Mutex::default() }) }
     }
 
     /// `count` fresh sequences of `len` tokens each.
@@ -91,7 +114,7 @@ impl Sequences {
                 sequence
             })
             .collect();
-        Ok(Self { inner: Arc::new(Inner { sequences, tokens: start, slots: lengths.len() }) })
+        Ok(Self::made(sequences, start, lengths.len()))
     }
 
     /// Arbitrary sequences over a state of `slots` rows.
@@ -125,7 +148,7 @@ impl Sequences {
             }
             end += sequence.len;
         }
-        Ok(Self { inner: Arc::new(Inner { sequences, tokens: end, slots }) })
+        Ok(Self::made(sequences, end, slots))
     }
 
     /// Fresh sequences from cumulative lengths `[0, l_1, l_1 + l_2, .., T]`.
@@ -216,6 +239,35 @@ impl Sequences {
     /// The sequences in batch order.
     pub fn iter(&self) -> std::slice::Iter<'_, Sequence> {
         self.inner.sequences.iter()
+    }
+
+    /// What an operation derives from a division and every layer wants again, such as tables in the memory of a GPU:
+    /// made on the first call, kept as long as the division.
+    ///
+    /// # Errors
+    /// Those of `make`.
+    pub fn kept<T: Any + Send + Sync>(
+        &self,
+        key: KeptKey,
+        make: impl FnOnce() -> Result<T>,
+    ) -> Result<Arc<T>> {
+        let mut kept = self.inner.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (TypeId::of::<T>(), key);
+        if let Some(found) = kept.get(&key)
+            && let Ok(found) = found.clone().downcast::<T>()
+        {
+            return Ok(found);
+        }
+        let made = Arc::new(make()?);
+        kept.insert(key, made.clone());
+        Ok(made)
+    }
+
+    /// True if the other division has the same starts, lengths and slots, and continues the same sequences: then
+    /// launches for the one are right for the other.
+    pub fn same_layout(&self, other: &Self) -> bool {
+        let layout = |s: &Sequence| (s.start, s.len, s.slot, s.continued);
+        self.slots() == other.slots() && self.iter().map(layout).eq(other.iter().map(layout))
     }
 
     /// True if any sequence reads its slot of the incoming state.
