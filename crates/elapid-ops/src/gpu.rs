@@ -1,8 +1,10 @@
 //! What the launches of GPU kernels share: element types, rows of device memory, sequences in device memory, the
 //! reading of small results in tests.
 
+use std::sync::Arc;
+
 use elapid_tensor::cuda::{DeviceBuffer, DeviceSlice, Gpu, GpuError, Result};
-use elapid_tensor::{Element, Sequences, bf16};
+use elapid_tensor::{Device, Element, Sequences, Tensor, bf16};
 
 /// Element types that kernels are compiled for.
 pub trait GpuElement: Element {
@@ -95,11 +97,35 @@ pub(crate) fn wrong(op: &'static str, message: String) -> GpuError {
     GpuError::Kernel { kernel: op.to_owned(), source_name: op, message }
 }
 
+/// The sizes of a division of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extents {
+    /// T.
+    pub tokens: usize,
+    /// Rows of the state.
+    pub slots: usize,
+    /// S.
+    pub sequences: usize,
+    /// Whether a sequence reads its slot.
+    pub any_continued: bool,
+}
+
+impl From<&Sequences> for Extents {
+    fn from(sequences: &Sequences) -> Self {
+        Self {
+            tokens: sequences.tokens(),
+            slots: sequences.slots(),
+            sequences: sequences.len(),
+            any_continued: sequences.any_continued(),
+        }
+    }
+}
+
 /// The sequences of a batch, in device memory.
 #[derive(Debug)]
 pub struct DeviceSequences {
     table: DeviceBuffer<[i64; 3]>,
-    sequences: Sequences,
+    extents: Extents,
 }
 
 impl DeviceSequences {
@@ -116,15 +142,78 @@ impl DeviceSequences {
                 [s.start as i64, s.len as i64, slot]
             })
             .collect();
-        Ok(Self { table: gpu.upload(&rows)?, sequences: sequences.clone() })
+        Ok(Self { table: gpu.upload(&rows)?, extents: sequences.into() })
     }
 
-    /// The division that was copied.
-    pub fn host(&self) -> &Sequences {
-        &self.sequences
+    /// [`DeviceSequences::upload`] on the first call, later what that call made.
+    ///
+    /// # Errors
+    /// As [`DeviceSequences::upload`].
+    pub fn of(gpu: &Gpu, sequences: &Sequences) -> elapid_tensor::Result<Arc<Self>> {
+        let key = (Device::Cuda(gpu.id()), [0; 4]);
+        sequences.kept(key, || Ok(Self::upload(gpu, sequences)?))
+    }
+
+    /// The sizes of the division.
+    pub fn extents(&self) -> Extents {
+        self.extents
     }
 
     pub(crate) fn address(&self) -> u64 {
         self.table.address()
     }
+}
+
+/// Runs an expression with `$T` bound to the element type of a tensor on a GPU.
+macro_rules! with_gpu_element {
+    ($op:expr, $tensor:expr, $T:ident => $body:expr) => {
+        match $tensor.dtype() {
+            elapid_tensor::DType::F32 => {
+                type $T = f32;
+                $body
+            }
+            elapid_tensor::DType::BF16 => {
+                type $T = elapid_tensor::bf16;
+                $body
+            }
+            _ => Err($tensor.unsupported($op)),
+        }
+    };
+}
+pub(crate) use with_gpu_element;
+
+/// The tensor without a place in the graph, copied if anything but its rows lies apart.
+pub(crate) fn by_rows(tensor: &Tensor) -> elapid_tensor::Result<Tensor> {
+    let tensor = tensor.detach();
+    if tensor.has_whole_rows() { Ok(tensor) } else { tensor.contiguous() }
+}
+
+/// The rows of a tensor made by [`by_rows`].
+pub(crate) fn rows<T: GpuElement>(tensor: &Tensor) -> elapid_tensor::Result<Rows<'_, T>> {
+    let stride = tensor.strides().first().copied().unwrap_or(1);
+    Ok(Rows::part(tensor.strided_device_slice::<T>()?, 0, stride))
+}
+
+/// The tensor without a place in the graph, without gaps.
+pub(crate) fn whole(tensor: &Tensor) -> elapid_tensor::Result<Tensor> {
+    tensor.detach().contiguous()
+}
+
+/// The elements of a tensor made by [`whole`], if there is one.
+pub(crate) fn slice_of(
+    tensor: &Option<Tensor>,
+) -> elapid_tensor::Result<Option<DeviceSlice<'_, f32>>> {
+    tensor.as_ref().map(Tensor::device_slice).transpose()
+}
+
+/// Checks of an operation's argument on a GPU: where it is, and its type.
+pub(crate) fn expect(
+    op: &'static str,
+    name: &str,
+    tensor: &Tensor,
+    gpu: &Gpu,
+    dtype: elapid_tensor::DType,
+) -> elapid_tensor::Result<()> {
+    tensor.expect_device(op, name, Device::Cuda(gpu.id()))?;
+    tensor.expect_dtype(op, name, dtype)
 }

@@ -126,7 +126,7 @@ impl Tensor {
                 format!("a view of shape {} with strides {} has gaps", self.shape, self.strides),
             ));
         }
-        Ok(self.strided_device_slice::<T>()?.first(self.elements()))
+        Ok(self.strided_device_slice::<T>()?.range(0, self.elements()))
     }
 
     /// The elements from the first one on to the end of the storage, to be read with [`Tensor::strides`].

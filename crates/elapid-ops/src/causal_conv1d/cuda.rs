@@ -107,18 +107,18 @@ unsafe impl KernelArguments for ReduceArguments {}
 
 impl<T: GpuElement> Inputs<'_, T> {
     fn tokens(&self) -> usize {
-        self.sequences.host().tokens()
+        self.sequences.extents().tokens
     }
 
     fn state_len(&self) -> usize {
-        self.sequences.host().slots() * self.channels * (self.width - 1)
+        self.sequences.extents().slots * self.channels * (self.width - 1)
     }
 
     fn check(&self) -> Result<()> {
         if self.channels == 0 || self.width == 0 {
             return Err(wrong(OP, "there are no channels or no taps".into()));
         }
-        if self.state.is_none() && self.sequences.host().any_continued() {
+        if self.state.is_none() && self.sequences.extents().any_continued {
             return Err(wrong(OP, "a sequence continues, expected a state, got none".into()));
         }
         Ok(())
@@ -187,7 +187,7 @@ pub fn forward<T: GpuElement>(
         y_stride: channels as i64,
         state_out: state_out.address(),
         sequences: inputs.sequences.address(),
-        sequence_count: inputs.sequences.host().len() as i64,
+        sequence_count: inputs.sequences.extents().sequences as i64,
         tokens: tokens as i64,
         channels: channels as i64,
         run: RUN as i64,
@@ -238,7 +238,7 @@ pub fn backward<T: GpuElement>(
         dstate_in: found.state.address(),
         partial: partial.address(),
         sequences: inputs.sequences.address(),
-        sequence_count: inputs.sequences.host().len() as i64,
+        sequence_count: inputs.sequences.extents().sequences as i64,
         tokens: tokens as i64,
         channels: channels as i64,
         run: RUN as i64,

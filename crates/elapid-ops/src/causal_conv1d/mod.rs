@@ -7,6 +7,7 @@
 mod backward;
 mod cpu;
 pub mod cuda;
+mod on_gpu;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -17,7 +18,9 @@ mod tests_cuda;
 use backward::Outer;
 use cpu::{Convolution, tap_major};
 use elapid_tensor::autograd::{Backward, Saved, record};
-use elapid_tensor::{Buffer, DType, Device, Error, Result, Sequences, Tensor};
+use elapid_tensor::{Buffer, DType, Error, Result, Sequences, Tensor};
+
+use crate::gpu::by_rows;
 
 const OP: &str = "causal_conv1d";
 
@@ -36,10 +39,10 @@ pub enum Activation {
 ///
 /// Sequences that run write their slot; a continued sequence without tokens and slots of no sequence carry the
 /// incoming state through (zeros without one), a fresh sequence without tokens leaves zeros. Gradients flow to
-/// x, weight, bias and state, from y and from the returned state. All f32.
+/// x, weight, bias and state, from y and from the returned state. All f32; on a GPU, x and y may be bf16.
 ///
 /// # Errors
-/// If a shape or type does not fit, the batch has another number of tokens than `sequences`, or a sequence
+/// If a shape, type or device does not fit, the batch has another number of tokens than `sequences`, or a sequence
 /// continues and there is no state.
 pub fn causal_conv1d(
     x: &Tensor,
@@ -68,13 +71,14 @@ pub fn causal_conv1d(
         None => {}
     }
     let named = [("x", Some(x)), ("weight", Some(weight)), ("bias", bias), ("state", state)];
-    for (name, tensor) in named.iter().filter_map(|(name, tensor)| tensor.map(|t| (name, t))) {
-        tensor.expect_dtype(OP, name, DType::F32)?;
-        if tensor.device() != Device::Cpu {
-            return Err(tensor.unsupported(OP));
+    for (name, tensor) in named.iter().filter_map(|(name, tensor)| tensor.map(|t| (*name, t))) {
+        tensor.expect_device(OP, name, x.device())?;
+        if name != "x" || x.gpu().is_none() {
+            tensor.expect_dtype(OP, name, DType::F32)?;
         }
     }
 
+    let on_gpu = x.gpu().cloned();
     let inputs: Vec<&Tensor> = named.iter().filter_map(|(_, tensor)| *tensor).collect();
     let silu = activation == Activation::Silu;
     let saved = || Values {
@@ -85,20 +89,23 @@ pub fn causal_conv1d(
         silu,
         sequences: sequences.clone(),
     };
-    let (y, state_out) = saved().with(|conv| {
-        let mut y = Buffer::<f32>::scratch(x.elements());
-        conv.forward(&mut y);
-        let mut state_out = match conv.state {
-            Some(state) => Buffer::copy_of(state),
-            None => Buffer::<f32>::zeros(state_shape.iter().product()),
-        };
-        conv.state_out(&mut state_out);
-        Ok((Tensor::from_buffer(y, x.shape())?, Tensor::from_buffer(state_out, state_shape)?))
-    })?;
+    let (y, state_out) = match x.gpu() {
+        Some(gpu) => saved().forward_on_gpu(gpu)?,
+        None => saved().with(|conv| {
+            let mut y = Buffer::<f32>::scratch(x.elements());
+            conv.forward(&mut y);
+            let mut state_out = match conv.state {
+                Some(state) => Buffer::copy_of(state),
+                None => Buffer::<f32>::zeros(state_shape.iter().product()),
+            };
+            conv.state_out(&mut state_out);
+            Ok((Tensor::from_buffer(y, x.shape())?, Tensor::from_buffer(state_out, state_shape)?))
+        })?,
+    };
     let mut outputs = record(OP, &inputs, vec![y, state_out], || {
         let (x, weight) = (Saved::new(x), Saved::new(weight));
         let (bias, state) = (bias.map(Saved::new), state.map(Saved::new));
-        let sequences = sequences.clone();
+        let (sequences, x_gpu) = (sequences.clone(), on_gpu);
         move |context: &mut Backward| {
             let values = Values {
                 x: x.get()?,
@@ -108,7 +115,10 @@ pub fn causal_conv1d(
                 silu,
                 sequences,
             };
-            values.gradients(context)
+            match x_gpu {
+                Some(gpu) => values.gradients_on_gpu(&gpu, context),
+                None => values.gradients(context),
+            }
         }
     });
     let state_out = outputs.swap_remove(1);
@@ -130,10 +140,7 @@ impl Values {
     fn with<R>(&self, f: impl FnOnce(&Convolution<'_>) -> Result<R>) -> Result<R> {
         let (channels, width) = (self.weight.dim(0), self.weight.dim(1));
         // Only rows may lie apart; other views are rare and copied.
-        let x = match self.x.row_view::<f32>() {
-            Ok(_) => self.x.clone(),
-            Err(_) => self.x.contiguous()?,
-        };
+        let x = by_rows(&self.x)?;
         let taps = tap_major(self.weight.contiguous()?.data()?, channels, width);
         let bias = match &self.bias {
             Some(bias) => bias.to_vec::<f32>()?,
@@ -154,8 +161,7 @@ impl Values {
 
     fn gradients(&self, context: &mut Backward) -> Result<Vec<Option<Tensor>>> {
         let dy = match context.take_grad(0) {
-            Some(dy) if dy.row_view::<f32>().is_ok() => dy,
-            Some(dy) => dy.contiguous()?,
+            Some(dy) => by_rows(&dy)?,
             None => Tensor::zeros::<f32>(self.x.shape()),
         };
         let dstate = context.take_grad(1).map(|dstate| dstate.contiguous()).transpose()?;

@@ -125,6 +125,7 @@ KERNEL(embedding_pieces, PiecesArguments, 256, 2) {
     int64_t c = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * PACK;
     if (c >= args.width) return;
     Piece piece = args.pieces[blockIdx.x];
+    if (piece.count == 0) return;
     int columns = int(least(int64_t(PACK), args.width - c));
     bool full = columns == PACK, direct = piece.row == WHOLE;
     int64_t stride = direct ? args.dtable_stride : args.width;
@@ -142,6 +143,7 @@ KERNEL(embedding_join, JoinArguments, 256, 2) {
     int64_t c = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * PACK;
     if (c >= args.width) return;
     Piece join = args.joins[blockIdx.x];
+    if (join.count == 0) return;
     int columns = int(least(int64_t(PACK), args.width - c));
     bool full = columns == PACK;
     auto row_of = [&](int64_t k) { return int64_t(join.first) + k; };

@@ -61,25 +61,28 @@ struct JoinArguments {
 // SAFETY: the layout of `JoinArguments` in cuda.cu.
 unsafe impl KernelArguments for JoinArguments {}
 
-/// The token ids of a batch on the GPU, sorted for the gradient.
+/// The token ids of a batch on the GPU, sorted for the gradient. What is launched for them depends on their number
+/// and on the table's alone, so recorded launches hold for other ids.
 #[derive(Debug)]
 pub struct TokenIds {
     ids: DeviceBuffer<u32>,
     /// Tokens by id, equal ids in their order.
     order: DeviceBuffer<u32>,
-    /// first, count, id, row of the workspace.
+    /// first, count, id, row of the workspace; those behind the last have count 0.
     pieces: DeviceBuffer<[u32; 4]>,
     joins: DeviceBuffer<[u32; 4]>,
-    workspace_rows: usize,
     classes: usize,
 }
 
-impl TokenIds {
-    /// Copies ids to the GPU, for a table of `classes` rows.
-    ///
-    /// # Errors
-    /// If an id is not below `classes`, or there is no memory.
-    pub fn upload(gpu: &Gpu, ids: &[u32], classes: usize) -> Result<Self> {
+/// What [`TokenIds`] holds, on the host.
+struct Sorted {
+    order: Vec<u32>,
+    pieces: Vec<[u32; 4]>,
+    joins: Vec<[u32; 4]>,
+}
+
+impl Sorted {
+    fn new(ids: &[u32], classes: usize) -> Result<Self> {
         const WHOLE: u32 = u32::MAX;
         let mut tokens: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
         for (token, &id) in ids.iter().enumerate() {
@@ -103,14 +106,63 @@ impl TokenIds {
                 order.extend_from_slice(piece);
             }
         }
+        // An id has at most one piece that is not full, and several only if it has a full one.
+        let full = ids.len() / PIECE;
+        pieces.resize(full + classes.min(ids.len()), [0; 4]);
+        joins.resize(full, [0; 4]);
+        Ok(Self { order, pieces, joins })
+    }
+}
+
+impl TokenIds {
+    /// Copies ids to the GPU, for a table of `classes` rows.
+    ///
+    /// # Errors
+    /// If an id is not below `classes`, or there is no memory.
+    pub fn upload(gpu: &Gpu, ids: &[u32], classes: usize) -> Result<Self> {
+        let Sorted { order, pieces, joins } = Sorted::new(ids, classes)?;
         Ok(Self {
             ids: gpu.upload(ids)?,
             order: gpu.upload(&order)?,
             pieces: gpu.upload(&pieces)?,
             joins: gpu.upload(&joins)?,
-            workspace_rows: rows as usize,
             classes,
         })
+    }
+
+    /// Puts as many other ids in the place of these.
+    ///
+    /// # Errors
+    /// If there are more or fewer, or as [`TokenIds::upload`].
+    pub fn write(&mut self, ids: &[u32]) -> Result<()> {
+        if ids.len() != self.len() {
+            return Err(wrong(OP, format!("{} ids, expected {}", ids.len(), self.len())));
+        }
+        let Sorted { order, pieces, joins } = Sorted::new(ids, self.classes)?;
+        self.ids.write(ids)?;
+        self.order.write(&order)?;
+        self.pieces.write(&pieces)?;
+        self.joins.write(&joins)
+    }
+
+    /// Number of tokens.
+    pub fn len(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// True if there is no token.
+    pub fn is_empty(&self) -> bool {
+        self.ids.is_empty()
+    }
+
+    /// Rows of the table that the ids are for.
+    pub fn classes(&self) -> usize {
+        self.classes
+    }
+
+    /// Rows of the workspace, at most: full pieces, and one that is not for every id with several.
+    fn workspace_rows(&self) -> usize {
+        2 * self.joins.len()
     }
 }
 
@@ -154,7 +206,7 @@ pub fn backward<T: GpuElement>(
     width: usize,
 ) -> Result<DeviceBuffer<f32>> {
     let dtable = gpu.zeros::<f32>(ids.classes * width)?;
-    let workspace = gpu.scratch::<f32>(ids.workspace_rows * width)?;
+    let workspace = gpu.scratch::<f32>(ids.workspace_rows() * width)?;
     let pieces = PiecesArguments {
         dy: dy.address(OP, ids.ids.len(), width)?,
         dy_stride: dy.stride(),

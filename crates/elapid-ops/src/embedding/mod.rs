@@ -4,22 +4,58 @@
 //! dense `[V, D]` and adds the tokens of an id in their order, whatever the number of threads.
 
 pub mod cuda;
+mod on_gpu;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod tests_cuda;
+
+use std::sync::Arc;
 
 use elapid_tensor::autograd::{Backward, record_one};
 use elapid_tensor::{DType, Error, Result, Tensor};
 
 use crate::gather::cpu::{scatter_add, take_rows};
 
-/// `out[t] = weight[ids[t]]`: ids u32 `[T]`, weight f32 `[V, D]`, result `[T, D]`.
+const OP: &str = "embedding";
+
+/// Token ids, `[T]`.
+#[derive(Debug, Clone, Copy)]
+pub enum Ids<'a> {
+    /// u32 on the host, wherever the table is.
+    Values(&'a Tensor),
+    /// Sorted in the memory of the table's GPU.
+    Prepared(&'a Arc<cuda::TokenIds>),
+}
+
+impl Ids<'_> {
+    /// T.
+    pub fn tokens(&self) -> usize {
+        match self {
+            Ids::Values(ids) => ids.elements(),
+            Ids::Prepared(ids) => ids.len(),
+        }
+    }
+}
+
+impl<'a> From<&'a Tensor> for Ids<'a> {
+    fn from(ids: &'a Tensor) -> Self {
+        Ids::Values(ids)
+    }
+}
+
+/// `out[t] = weight[ids[t]]`: ids `[T]`, weight f32 `[V, D]`, result f32 `[T, D]` where the weight is.
 ///
 /// # Errors
 /// If a shape or type is another, or an id is not below V (the error names the token, the id and V).
-pub fn embedding(ids: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    const OP: &str = "embedding";
+pub fn embedding<'a>(ids: impl Into<Ids<'a>>, weight: &Tensor) -> Result<Tensor> {
+    let ids = match (ids.into(), weight.gpu()) {
+        (Ids::Values(ids), None) => ids,
+        (ids, Some(gpu)) => return on_gpu::embedding(gpu, ids, weight),
+        (Ids::Prepared(_), None) => {
+            return Err(Error::argument(OP, "the ids are on a GPU, the table is on cpu"));
+        }
+    };
     ids.expect_rank(OP, "ids", 1, "[T]")?;
     ids.expect_dtype(OP, "ids", DType::U32)?;
     weight.expect_rank(OP, "weight", 2, "[V, D]")?;

@@ -76,6 +76,22 @@ DEVICE void add(Sum& to, const Pack<L, PACK>& pack) {
     to = {largest, sum};
 }
 
+struct TotalArguments {
+    const float* losses;  // [rows]
+    const float* scale;   // one number
+    float* total;         // one number
+    int64_t rows;
+};
+
+// total = scale Σ losses. Grid: 1, block: always 1024 threads, as they decide the order of the sum.
+KERNEL(cross_entropy_total, TotalArguments, 1024, 1) {
+    __shared__ float room[WARP];
+    float sum = 0.0f;
+    for (int64_t row = threadIdx.x; row < args.rows; row += blockDim.x) sum += args.losses[row];
+    sum = block_sum(sum, room);
+    if (threadIdx.x == 0) *args.total = sum * *args.scale;
+}
+
 // Grid: (rows), block: whole warps, shared: 0, or 16 ceil((real_vocab + PACK) sizeof(LOGIT) / 16) bytes if cached.
 KERNEL(cross_entropy, Arguments, 1024, 1) {
     DYNAMIC_SHARED(L, cache);

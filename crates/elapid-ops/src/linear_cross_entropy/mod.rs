@@ -6,6 +6,7 @@
 
 mod cpu;
 pub mod cuda;
+mod on_gpu;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -13,13 +14,17 @@ mod tests;
 #[cfg(test)]
 mod tests_cuda;
 
+use std::sync::Arc;
+
 use elapid_tensor::autograd::{Backward, is_recording, record_one};
+use elapid_tensor::cuda::Gpu;
 use elapid_tensor::{Buffer, DType, Error, Result, Tensor};
 use pulp::Simd;
 use rayon::prelude::*;
 
 use crate::simd::{Lanewise, map_in_place};
 use cpu::Problem;
+pub use on_gpu::{Targets, linear_cross_entropy_prepared};
 
 /// The target of a token that is not scored.
 pub const IGNORED: i64 = -100;
@@ -61,28 +66,10 @@ impl Operands {
         weight.expect_shape(op, "weight", &[weight.dim(0), x.dim(1)])?;
         targets.expect_shape(op, "targets", &[x.dim(0)])?;
         targets.expect_dtype(op, "targets", DType::I64)?;
-        if real_vocab == 0 || real_vocab > weight.dim(0) {
-            return Err(Error::argument(
-                op,
-                format!("real_vocab is {real_vocab}, expected 1 to V = {}", weight.dim(0)),
-            ));
-        }
+        check_vocabulary(op, weight, real_vocab)?;
         let targets = targets.to_vec::<i64>()?;
-        let mut scored = Vec::with_capacity(targets.len());
-        for (t, &target) in targets.iter().enumerate() {
-            if (0..real_vocab as i64).contains(&target) {
-                scored.push(t);
-            } else if target != IGNORED {
-                return Err(Error::argument(
-                    op,
-                    format!(
-                        "the target of token {t} is {target}, expected 0 to {} or {IGNORED} \
-                         (ignored)",
-                        real_vocab - 1
-                    ),
-                ));
-            }
-        }
+        check_targets(op, &targets, real_vocab)?;
+        let scored = (0..targets.len()).filter(|&t| targets[t] != IGNORED).collect();
         let rows_of = |tensor: &Tensor| {
             let tensor = tensor.detach();
             if tensor.strides()[1] == 1 { Ok(tensor) } else { tensor.contiguous() }
@@ -101,8 +88,23 @@ impl Operands {
     }
 }
 
-/// Cross entropy (nats) of `softmax(x Wᵀ)` against `targets`, as a scalar: x f32 `[T, D]`, weight f32 `[V, D]`,
-/// targets i64 `[T]`. Tokens with target [`IGNORED`] count for nothing; classes from `real_vocab` on (padding of
+fn check_targets(op: &'static str, targets: &[i64], real_vocab: usize) -> Result<()> {
+    let classes = 0..real_vocab as i64;
+    match targets.iter().position(|target| !classes.contains(target) && *target != IGNORED) {
+        None => Ok(()),
+        Some(t) => Err(Error::argument(
+            op,
+            format!(
+                "the target of token {t} is {}, expected 0 to {} or {IGNORED} (ignored)",
+                targets[t],
+                real_vocab.saturating_sub(1)
+            ),
+        )),
+    }
+}
+
+/// Cross entropy (nats) of `softmax(x Wᵀ)` against `targets`, as a scalar: x f32 (on a GPU also bf16) `[T, D]`, weight
+/// f32 `[V, D]`, targets i64 `[T]` on the host. Tokens with target [`IGNORED`] count for nothing; classes from `real_vocab` on (padding of
 /// the vocabulary) take no part, neither in the softmax nor in the gradients.
 ///
 /// # Errors
@@ -116,6 +118,10 @@ pub fn linear_cross_entropy(
     reduction: Reduction,
 ) -> Result<Tensor> {
     const OP: &str = "linear_cross_entropy";
+    if let Some(gpu) = x.gpu() {
+        let targets = prepared(OP, gpu, weight, targets, real_vocab, reduction)?;
+        return linear_cross_entropy_prepared(x, weight, &Arc::new(targets));
+    }
     let operands = Operands::new(OP, x, weight, targets, real_vocab)?;
     let factor = match reduction {
         Reduction::Mean => 1.0 / operands.scored.len().max(1) as f64,
@@ -160,10 +166,40 @@ pub fn linear_cross_entropy_per_token(
     targets: &Tensor,
     real_vocab: usize,
 ) -> Result<Tensor> {
-    let operands = Operands::new("linear_cross_entropy_per_token", x, weight, targets, real_vocab)?;
+    const OP: &str = "linear_cross_entropy_per_token";
+    if let Some(gpu) = x.gpu() {
+        let targets = prepared(OP, gpu, weight, targets, real_vocab, Reduction::Sum)?;
+        return on_gpu::per_token(x, weight, &targets);
+    }
+    let operands = Operands::new(OP, x, weight, targets, real_vocab)?;
     let mut losses = Buffer::<f32>::zeros(x.dim(0));
     cpu::losses(&operands.problem()?, |t, loss| losses[t] = loss as f32);
     Tensor::from_buffer(losses, [x.dim(0)])
+}
+
+/// Targets of the host for a GPU.
+fn prepared(
+    op: &'static str,
+    gpu: &Gpu,
+    weight: &Tensor,
+    targets: &Tensor,
+    real_vocab: usize,
+    reduction: Reduction,
+) -> Result<Targets> {
+    targets.expect_rank(op, "targets", 1, "[T]")?;
+    targets.expect_dtype(op, "targets", DType::I64)?;
+    check_vocabulary(op, weight, real_vocab)?;
+    Targets::upload(gpu, &targets.to_vec::<i64>()?, real_vocab, (reduction, 1.0))
+}
+
+fn check_vocabulary(op: &'static str, weight: &Tensor, real_vocab: usize) -> Result<()> {
+    if real_vocab == 0 || real_vocab > weight.dim(0) {
+        return Err(Error::argument(
+            op,
+            format!("real_vocab is {real_vocab}, expected 1 to V = {}", weight.dim(0)),
+        ));
+    }
+    Ok(())
 }
 
 /// `factor values`, in place.

@@ -2,7 +2,7 @@
 
 use elapid_tensor::bf16;
 
-use super::cuda::in_place;
+use super::cuda::{Gradient, Scoring, score};
 use crate::gpu::GpuElement;
 use crate::softmax::reference::log_sum_exp;
 use crate::testing::{close, from_element, gpus, random, to_element, widen};
@@ -27,10 +27,25 @@ fn check<T: GpuElement>(rows: usize, vocab: usize, real: usize) {
     for gpu in gpus() {
         let mut logits = gpu.upload(&logits).unwrap();
         let targets = gpu.upload(&targets).unwrap();
-        let found = in_place(&gpu, &mut logits, targets.slice(), (vocab, real), 0.5).unwrap();
-        close("losses", &widen(&found.read().unwrap()), &losses, tolerance);
+        let scale = gpu.upload(&[0.5f32]).unwrap();
+        let scoring = Scoring {
+            targets: targets.slice(),
+            vocab,
+            real_vocab: real,
+            scale: Some(scale.slice()),
+        };
+        let mut apart = gpu.zeros::<bf16>(rows * vocab).unwrap();
+        let mut found = gpu.zeros::<f32>(rows + 1).unwrap();
+        let gradient = Gradient::Apart(&mut apart);
+        score(&gpu, &mut logits, &scoring, gradient, &mut found, 1).unwrap();
+        close("gradient", &from_element(&apart.read().unwrap()), &grads, 1e-2);
+        let in_place = Gradient::<T>::InPlace;
+        score(&gpu, &mut logits, &scoring, in_place, &mut found, 1).unwrap();
+        close("losses", &widen(&found.read().unwrap()[1..]), &losses, tolerance);
         close("gradient", &from_element(&logits.read().unwrap()), &grads, tolerance);
-        assert!(in_place(&gpu, &mut logits, targets.slice(), (vocab, vocab + 1), 0.5).is_err());
+        let too_many = Scoring { real_vocab: vocab + 1, ..scoring };
+        let in_place = Gradient::<T>::InPlace;
+        assert!(score(&gpu, &mut logits, &too_many, in_place, &mut found, 0).is_err());
     }
 }
 
@@ -49,10 +64,12 @@ fn a_target_that_is_no_class_makes_the_loss_nan() {
     for gpu in gpus() {
         let mut logits = gpu.upload(&random(1, 4 * 8)).unwrap();
         let targets = gpu.upload(&[7i64, 1 << 40, -1, 0]).unwrap();
-        let losses =
-            in_place(&gpu, &mut logits, targets.slice(), (8, 7), 1.0).unwrap().read().unwrap();
+        let targets = targets.slice();
+        let scoring = Scoring { targets, vocab: 8, real_vocab: 7, scale: None };
+        let mut losses = gpu.zeros::<f32>(4).unwrap();
+        score::<f32, f32>(&gpu, &mut logits, &scoring, Gradient::None, &mut losses, 0).unwrap();
         assert_eq!(
-            losses.iter().map(|loss| loss.is_nan()).collect::<Vec<_>>(),
+            losses.read().unwrap().iter().map(|loss| loss.is_nan()).collect::<Vec<_>>(),
             [true, true, true, false]
         );
     }

@@ -3,11 +3,13 @@
 //! Operands are views of any strides and are never copied; results are contiguous. Each element of a result
 //! is summed in one fixed order (see `kernel.rs`) whatever the number of rows, their place in the batch, the
 //! strides and the number of threads, so a token has the same bits alone and in a batch. `TUNING.md` has the
-//! measurements behind this.
+//! measurements behind this. On a GPU, products go through cuBLASLt: an operand of bf16 makes the other one bf16, too,
+//! sums are f32, and the gradient of an f32 operand is f32.
 
 mod cpu;
 mod kernel;
 mod matvec;
+mod on_gpu;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -22,31 +24,34 @@ use elapid_tensor::autograd::{Backward, Saved, record_one};
 use elapid_tensor::{Buffer, DType, Device, Error, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-/// `a b`: [M, K] x [K, N] -> [M, N], or [Z, M, K] x [Z, K, N] -> [Z, M, N], in f32.
+/// `a b`: [M, K] x [K, N] -> [M, N], or [Z, M, K] x [Z, K, N] -> [Z, M, N], in f32; on a GPU in f32 or bf16, the
+/// result of the type of `a`.
 ///
 /// Gradients: `da = dc bᵀ`, `db = aᵀ dc`.
 ///
 /// # Errors
-/// If the ranks are not both 2 or both 3, the shapes do not fit, or a type is not f32.
+/// If the ranks are not both 2 or both 3, the shapes do not fit, or a type or device is another.
 pub fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    let out = product("matmul", a, b)?;
+    let (a_type, b_type) = (a.dtype(), b.dtype());
+    let out = product("matmul", a, b, a_type)?;
     Ok(record_one("matmul", &[a, b], out, || {
         let (a, b) = (Saved::new(a), Saved::new(b));
         move |context: &mut Backward| {
             let Some(grad) = context.take_grad(0) else { return Ok(vec![None, None]) };
-            let da = wanted(context, 0, || product("matmul", &grad, &transposed(&b.get()?)?))?;
-            let db = wanted(context, 1, || product("matmul", &transposed(&a.get()?)?, &grad))?;
+            let da = || product("matmul", &grad, &transposed(&b.get()?)?, a_type);
+            let db = || product("matmul", &transposed(&a.get()?)?, &grad, b_type);
+            let (da, db) = (wanted(context, 0, da)?, wanted(context, 1, db)?);
             Ok(vec![da, db])
         }
     }))
 }
 
-/// `y = x Wᵀ + b`: x [T, K], weight [N, K], bias [N] -> [T, N], in f32.
+/// `y = x Wᵀ + b`: x [T, K], weight [N, K], bias [N] -> [T, N], in f32; on a GPU, x and y may be bf16.
 ///
 /// Gradients: `dx = dy W`, `dW = dyᵀ x`, `db = Σ_t dy_t`.
 ///
 /// # Errors
-/// If the shapes do not fit or a type is not f32.
+/// If the shapes do not fit, or a type or device is another.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     const OP: &str = "linear";
     x.expect_rank(OP, "x", 2, "[T, K]")?;
@@ -55,13 +60,20 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     if weight.dim(1) != k {
         return Err(weight.shape_error(OP, "weight", format!("[N, {k}]")));
     }
-    let mut out = product(OP, x, &transposed(weight)?)?;
     let Some(bias) = bias else {
+        let out = product(OP, x, &transposed(weight)?, x.dtype())?;
         return Ok(record_one(OP, &[x, weight], out, || linear_backward(x, weight, None)));
     };
     bias.expect_shape(OP, "bias", &[n])?;
     let values = bias.detach().contiguous()?;
-    add_to_rows(out.data_mut::<f32>()?, values.data::<f32>()?);
+    let out = match x.gpu() {
+        Some(gpu) => on_gpu::product(gpu, OP, x, &transposed(weight)?, Some(&values), x.dtype())?,
+        None => {
+            let mut out = product(OP, x, &transposed(weight)?, x.dtype())?;
+            add_to_rows(out.data_mut::<f32>()?, values.data::<f32>()?);
+            out
+        }
+    };
     Ok(record_one(OP, &[x, weight, bias], out, || linear_backward(x, weight, Some(bias.shape()))))
 }
 
@@ -71,16 +83,18 @@ fn linear_backward(
     bias: Option<Shape>,
 ) -> impl FnOnce(&mut Backward) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static {
     const OP: &str = "linear";
+    let (x_type, weight_type) = (x.dtype(), weight.dtype());
     let (x, weight) = (Saved::new(x), Saved::new(weight));
     move |context| {
         let inputs = if bias.is_some() { 3 } else { 2 };
         let Some(grad) = context.take_grad(0) else { return Ok(vec![None; inputs]) };
         let mut grads = vec![
-            wanted(context, 0, || product(OP, &grad, &weight.get()?))?,
-            wanted(context, 1, || product(OP, &transposed(&grad)?, &x.get()?))?,
+            wanted(context, 0, || product(OP, &grad, &weight.get()?, x_type))?,
+            wanted(context, 1, || product(OP, &transposed(&grad)?, &x.get()?, weight_type))?,
         ];
         if let Some(shape) = bias {
-            grads.push(wanted(context, 2, || sum_to_shape(&grad, shape))?);
+            let sum = || sum_to_shape(&grad, shape)?.cast(weight_type);
+            grads.push(wanted(context, 2, sum)?);
         }
         Ok(grads)
     }
@@ -117,16 +131,17 @@ fn add_to_rows(rows: &mut [f32], bias: &[f32]) {
     if rows.len() <= block { add(rows) } else { rows.par_chunks_mut(block).for_each(add) }
 }
 
-/// The product without a place in the graph.
-fn product(op: &'static str, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+/// The product without a place in the graph, of the type `out` (f32 on the host).
+fn product(op: &'static str, a: &Tensor, b: &Tensor, out: DType) -> Result<Tensor> {
+    if let Some(gpu) = a.gpu() {
+        return on_gpu::product(gpu, op, a, b, None, out);
+    }
     let rank = if a.rank() == 3 { 3 } else { 2 };
     a.expect_rank(op, "a", rank, "[M, K] or [Z, M, K]")?;
     b.expect_rank(op, "b", rank, if rank == 3 { "[Z, K, N]" } else { "[K, N]" })?;
     for (name, tensor) in [("a", a), ("b", b)] {
         tensor.expect_dtype(op, name, DType::F32)?;
-        if tensor.device() != Device::Cpu {
-            return Err(tensor.unsupported(op));
-        }
+        tensor.expect_device(op, name, Device::Cpu)?;
     }
     let (batch, first) = if rank == 3 { (a.dim(0), 1) } else { (1, 0) };
     let (m, k, n) = (a.dim(first), a.dim(first + 1), b.dim(first + 1));

@@ -6,6 +6,7 @@
 
 mod cpu;
 pub mod cuda;
+mod on_gpu;
 pub mod reference;
 #[cfg(test)]
 mod tests;
@@ -13,18 +14,21 @@ mod tests;
 mod tests_cuda;
 
 use elapid_tensor::autograd::{Backward, Saved, record};
-use elapid_tensor::{DType, Device, Result, Tensor};
+use elapid_tensor::{DType, Result, Tensor};
 
+use crate::gpu::by_rows;
 use cpu::{Affine, Kind};
 
-/// (y, residual_out), both [T, C] in f32: `residual_out = x + residual`, `y = rms(residual_out) · weight`
+const OP: &str = "norm";
+
+/// (y, residual_out), both [T, C]: `residual_out = x + residual`, `y = rms(residual_out) · weight`
 /// with `rms(r) = r / sqrt(mean(r²) + eps)`.
 ///
-/// Without a residual, `residual_out` is `x` itself. Gradients flow to x, weight and residual, through
+/// All f32; on a GPU, x and y may be bf16. Without a residual, `residual_out` is `x` itself. Gradients flow to x, weight and residual, through
 /// both results.
 ///
 /// # Errors
-/// If x is not [T, C], the others do not fit, or a type is not f32.
+/// If x is not [T, C], the others do not fit, a type is another, or the tensors lie on several devices.
 pub fn rms_norm(
     x: &Tensor,
     weight: Option<&Tensor>,
@@ -34,7 +38,7 @@ pub fn rms_norm(
     norm("rms_norm", Kind { center: false, eps }, x, weight, None, residual)
 }
 
-/// (y, residual_out), both [T, C] in f32: `residual_out = x + residual`,
+/// (y, residual_out), both [T, C], of types as in [`rms_norm`]: `residual_out = x + residual`,
 /// `y = (r - mean(r)) / sqrt(var(r) + eps) · weight + bias` of `r = residual_out`.
 ///
 /// # Errors
@@ -67,32 +71,34 @@ fn norm(
     ] {
         let Some(tensor) = tensor else { continue };
         tensor.expect_shape(op, name, shape)?;
-        tensor.expect_dtype(op, name, DType::F32)?;
-        if tensor.device() != Device::Cpu {
-            return Err(tensor.unsupported(op));
+        tensor.expect_device(op, name, x.device())?;
+        if name != "x" || x.gpu().is_none() {
+            tensor.expect_dtype(op, name, DType::F32)?;
         }
     }
     let weights = weight.map(|weight| weight.detach().contiguous()).transpose()?;
     let biases = bias.map(|bias| bias.detach().contiguous()).transpose()?;
-    let affine = Affine {
-        weight: weights.as_ref().map(Tensor::data).transpose()?,
-        bias: biases.as_ref().map(Tensor::data).transpose()?,
+    let x_rows = by_rows(x)?;
+    let residual_rows = residual.map(by_rows).transpose()?;
+    let (y, sum) = match x.gpu() {
+        Some(gpu) => on_gpu::forward(gpu, kind, &x_rows, (&weights, &biases), &residual_rows)?,
+        None => {
+            let affine = Affine {
+                weight: weights.as_ref().map(Tensor::data).transpose()?,
+                bias: biases.as_ref().map(Tensor::data).transpose()?,
+            };
+            let residual = residual_rows.as_ref().map(Tensor::row_view).transpose()?;
+            let (y, sum) = cpu::forward(kind, x_rows.row_view()?, residual, affine);
+            let sum = sum.map(|sum| Tensor::from_buffer(sum, [t, c])).transpose()?;
+            (Tensor::from_buffer(y, [t, c])?, sum)
+        }
     };
-    let x_rows = with_whole_rows(x)?;
-    let residual_rows = residual.map(with_whole_rows).transpose()?;
-    let (y, sum) = cpu::forward(
-        kind,
-        x_rows.row_view()?,
-        residual_rows.as_ref().map(Tensor::row_view).transpose()?,
-        affine,
-    );
-    let sum = sum.map(|sum| Tensor::from_buffer(sum, [t, c])).transpose()?;
 
     let mut inputs = vec![x];
     inputs.extend(weight);
     inputs.extend(bias);
     inputs.extend(residual);
-    let mut outputs = vec![Tensor::from_buffer(y, [t, c])?];
+    let mut outputs = vec![y];
     outputs.extend(sum.clone());
     let mut outputs = record(op, &inputs, outputs, || {
         let r = Saved::new(sum.as_ref().unwrap_or(x));
@@ -113,44 +119,53 @@ fn gradients(
     context: &mut Backward,
 ) -> Result<Vec<Option<Tensor>>> {
     let dsum = context.take_grad(1);
-    let (dr, mut dweight, mut dbias): (_, Option<Tensor>, Option<Tensor>);
-    (dweight, dbias) = (None, None);
-    match context.take_grad(0) {
+    let found = match context.take_grad(0) {
         // Only residual_out was used: its gradient passes through.
-        None => dr = dsum,
+        None => Gradients { x: dsum.clone(), residual: dsum, weight: None, bias: None },
         Some(dy) => {
-            let r = with_whole_rows(&r.get()?)?;
+            let r = by_rows(&r.get()?)?;
             let (t, c) = (r.dim(0), r.dim(1));
             let weight = weight.map(|weight| weight.get()?.contiguous()).transpose()?;
-            let dy = with_whole_rows(&dy)?;
-            let dsum = dsum.as_ref().map(with_whole_rows).transpose()?;
-            let found = cpu::backward(
-                kind,
-                r.row_view()?,
-                weight.as_ref().map(Tensor::data).transpose()?,
-                dy.row_view()?,
-                dsum.as_ref().map(Tensor::row_view).transpose()?,
-            );
-            dr = Some(Tensor::from_buffer(found.0, [t, c])?);
-            dweight = Some(Tensor::from_buffer(found.1, [c])?);
-            dbias = Some(Tensor::from_buffer(found.2, [c])?);
+            let dy = by_rows(&dy)?;
+            let dsum = dsum.as_ref().map(by_rows).transpose()?;
+            match r.gpu() {
+                Some(gpu) => on_gpu::backward(gpu, kind, &r, &weight, &dy, &dsum)?,
+                None => {
+                    let (dr, dweight, dbias) = cpu::backward(
+                        kind,
+                        r.row_view()?,
+                        weight.as_ref().map(Tensor::data).transpose()?,
+                        dy.row_view()?,
+                        dsum.as_ref().map(Tensor::row_view).transpose()?,
+                    );
+                    let dr = Tensor::from_buffer(dr, [t, c])?;
+                    Gradients {
+                        x: Some(dr.clone()),
+                        residual: Some(dr),
+                        weight: Some(Tensor::from_buffer(dweight, [c])?),
+                        bias: Some(Tensor::from_buffer(dbias, [c])?),
+                    }
+                }
+            }
         }
-    }
-    let mut grads = vec![dr.clone()];
+    };
+    let mut grads = vec![found.x];
     if weight.is_some() {
-        grads.push(dweight);
+        grads.push(found.weight);
     }
     if has_bias {
-        grads.push(dbias);
+        grads.push(found.bias);
     }
     if has_residual {
-        grads.push(dr);
+        grads.push(found.residual);
     }
     Ok(grads)
 }
 
-/// The values of a tensor whose rows have no gaps, without a place in the graph.
-fn with_whole_rows(tensor: &Tensor) -> Result<Tensor> {
-    let tensor = tensor.detach();
-    if tensor.has_whole_rows() { Ok(tensor) } else { tensor.contiguous() }
+/// Gradients by the inputs.
+struct Gradients {
+    x: Option<Tensor>,
+    residual: Option<Tensor>,
+    weight: Option<Tensor>,
+    bias: Option<Tensor>,
 }

@@ -5,14 +5,15 @@
 //! pass the state that enters each, and all segments run at the same time. Backward is the mirror image.
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use elapid_tensor::Sequences;
 use elapid_tensor::cuda::{
     DeviceBuffer, DeviceSlice, Gpu, KernelArguments, Launch, Module, Result, Source,
 };
+use elapid_tensor::{Device, Sequences};
 
 use super::{MAX_STATES, OP};
-use crate::gpu::{GpuElement, Rows, array, optional, wrong};
+use crate::gpu::{Extents, GpuElement, Rows, array, optional, wrong};
 
 static SOURCE: Source = Source {
     name: OP,
@@ -76,7 +77,7 @@ pub struct Plan {
     states: usize,
     groups: usize,
     shape: Shape,
-    sequences: Sequences,
+    extents: Extents,
     /// The segments of each sequence.
     runs: Vec<Range<usize>>,
     segments: DeviceBuffer<[i64; 4]>,
@@ -334,7 +335,7 @@ impl Plan {
             states,
             groups,
             shape,
-            sequences: sequences.clone(),
+            extents: sequences.into(),
             runs,
             count: rows.len(),
             segments: gpu.upload(&rows)?,
@@ -343,12 +344,26 @@ impl Plan {
         })
     }
 
+    /// [`Plan::new`] on the first call, later what that call made.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn of(
+        gpu: &Gpu,
+        sequences: &Sequences,
+        (channels, groups, states): (usize, usize, usize),
+    ) -> elapid_tensor::Result<Arc<Self>> {
+        let key = (Device::Cuda(gpu.id()), [channels, groups, states, 0]);
+        let sizes = (channels, groups, states);
+        sequences.kept(key, || Ok(Self::new(gpu, sequences, sizes, Cut::Fill)?))
+    }
+
     fn matrix(&self) -> usize {
         self.channels * self.states
     }
 
     fn state_len(&self) -> usize {
-        self.sequences.slots() * self.matrix()
+        self.extents.slots * self.matrix()
     }
 
     /// Tiles of channels in a group.
@@ -380,9 +395,9 @@ impl<T: GpuElement> Inputs<'_, T> {
 
     fn arguments(&self) -> Result<InputArguments> {
         let plan = self.plan;
-        let (tokens, e) = (plan.sequences.tokens(), plan.channels);
+        let (tokens, e) = (plan.extents.tokens, plan.channels);
         let width = plan.groups * plan.states;
-        if self.state.is_none() && plan.sequences.any_continued() {
+        if self.state.is_none() && plan.extents.any_continued {
             return Err(wrong(OP, "a sequence continues, expected a state, got none".into()));
         }
         Ok(InputArguments {
@@ -418,7 +433,7 @@ impl<T: GpuElement> Inputs<'_, T> {
         if !plan.is_cut() {
             return Ok(None);
         }
-        let tokens = plan.sequences.tokens();
+        let tokens = plan.extents.tokens;
         let module = self.module(gpu)?;
         let states = gpu.scratch::<f32>(plan.count * plan.matrix())?;
         let sizes = gpu.scratch::<f32>(plan.count * plan.channels)?;
@@ -462,7 +477,7 @@ pub fn forward<T: GpuElement>(
     save: bool,
 ) -> Result<(DeviceBuffer<T>, DeviceBuffer<f32>, Option<Chunks>)> {
     let plan = inputs.plan;
-    let tokens = plan.sequences.tokens();
+    let tokens = plan.extents.tokens;
     let y = gpu.scratch::<T>(tokens * plan.channels)?;
     // Slots that no sequence changes hand their state through.
     let last = match inputs.state {
@@ -499,7 +514,7 @@ pub fn backward<T: GpuElement>(
     dlast: Option<DeviceSlice<'_, f32>>,
 ) -> Result<Gradients<T>> {
     let plan = inputs.plan;
-    let (tokens, e) = (plan.sequences.tokens(), plan.channels);
+    let (tokens, e) = (plan.extents.tokens, plan.channels);
     let width = plan.groups * plan.states;
     let (has_d, has_bias) = (inputs.d.is_some(), inputs.delta_bias.is_some());
     let found = Gradients {

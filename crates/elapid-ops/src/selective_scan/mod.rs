@@ -19,6 +19,7 @@ mod cpu;
 pub mod cuda;
 mod field;
 mod forward;
+mod on_gpu;
 mod partial;
 pub mod reference;
 mod scratch;
@@ -32,14 +33,16 @@ pub use arguments::{Arguments, Gradients, Projection};
 pub use cpu::{backward as backward_cpu, chunk_states_len, forward as forward_cpu};
 
 use elapid_tensor::autograd::{Backward, Saved, is_recording, record};
-use elapid_tensor::{Buffer, DType, Device, Error, Result, RowView, Sequences, Tensor};
+use elapid_tensor::{Buffer, DType, Error, Result, RowView, Sequences, Tensor};
+
+use crate::gpu::by_rows;
 
 const OP: &str = "selective_scan";
 
 /// Most states per channel.
 pub const MAX_STATES: usize = 256;
 
-/// Tensors of a selective scan, all f32. The scan is complex if A has three axes; then A, B, C and the state
+/// Tensors of a selective scan, all f32; on a GPU, u, delta, b, c and z may be bf16, all or none. The scan is complex if A has three axes; then A, B, C and the state
 /// end in an axis of two (re, im) and y = 2 Re(C h) + D u.
 #[derive(Debug, Clone, Copy)]
 pub struct Inputs<'a> {
@@ -78,6 +81,9 @@ pub fn selective_scan(inputs: &Inputs<'_>, sequences: &Sequences) -> Result<(Ten
     inputs.check(sequences)?;
     let named = inputs.named();
     let tensors: Vec<&Tensor> = named.iter().map(|(_, tensor)| *tensor).collect();
+    if let Some(gpu) = inputs.u.gpu() {
+        return on_gpu::selective_scan(gpu, inputs, &tensors, sequences);
+    }
     let values = Values::new(inputs, |tensor| Ok(tensor.detach()))?;
     let (y, state, chunk_states) = values.with(sequences, |x| {
         let mut y = Buffer::scratch(sequences.tokens() * x.channels);
@@ -124,10 +130,10 @@ impl<'a> Inputs<'a> {
 
     fn check(&self, sequences: &Sequences) -> Result<()> {
         for (name, tensor) in self.named() {
-            tensor.expect_dtype(OP, name, DType::F32)?;
-            if tensor.device() != Device::Cpu {
-                return Err(tensor.unsupported(OP));
-            }
+            tensor.expect_device(OP, name, self.u.device())?;
+            let own_type = self.u.gpu().is_some() && matches!(name, "u" | "delta" | "b" | "c" | "z");
+            let dtype = if own_type { self.u.dtype() } else { DType::F32 };
+            tensor.expect_dtype(OP, name, dtype)?;
         }
         let a = self.a.shape();
         let (channels, states) = match *a {
@@ -229,11 +235,6 @@ impl<V> Values<V> {
             state: self.state.as_ref().map(&f).transpose()?,
         })
     }
-}
-
-/// The tensor, copied if anything but its rows lies apart.
-fn by_rows(tensor: &Tensor) -> Result<Tensor> {
-    if tensor.has_whole_rows() { Ok(tensor.clone()) } else { tensor.contiguous() }
 }
 
 impl Values<Tensor> {

@@ -1,6 +1,7 @@
 //! A real card, through the driver and NVRTC.
 
 use std::ffi::{CString, c_char, c_void};
+use std::sync::Mutex;
 
 use cudarc::driver::result as cu;
 use cudarc::driver::sys::{
@@ -9,6 +10,7 @@ use cudarc::driver::sys::{
 };
 use cudarc::nvrtc::sys as rtc;
 
+use super::blas_card::Multiplier;
 use super::cache;
 use super::error::{GpuError, Result};
 use super::gpu::Launch;
@@ -26,6 +28,8 @@ pub struct Card {
     multiprocessors: usize,
     capability: (i32, i32),
     driver: i32,
+    /// None before the first matrix product.
+    pub(super) multiplier: Mutex<Option<Multiplier>>,
 }
 
 // SAFETY: the driver's handles may be used from any thread once the context is current there.
@@ -109,17 +113,41 @@ impl Card {
         let mut driver = 0;
         // SAFETY: the driver writes one integer.
         checked(&label, "cuDriverGetVersion", unsafe { cuDriverGetVersion(&mut driver) }.result())?;
-        Ok(Self { ordinal, context, stream, name, total, multiprocessors, capability, driver })
+        let multiplier = Mutex::new(None);
+        Ok(Self {
+            ordinal,
+            context,
+            stream,
+            name,
+            total,
+            multiprocessors,
+            capability,
+            driver,
+            multiplier,
+        })
     }
 
     fn call<T>(&self, name: &'static str, f: impl FnOnce() -> Outcome<T>) -> Result<T> {
-        let label = self.label();
-        // SAFETY: the context lives to the end of the program.
-        checked(&label, "cuCtxSetCurrent", unsafe { cu::ctx::set_current(self.context) })?;
-        checked(&label, name, f())
+        self.enter()?;
+        checked(&self.label(), name, f())
     }
 
-    fn label(&self) -> String {
+    /// Makes this card the one that this thread's calls are for.
+    pub(super) fn enter(&self) -> Result<()> {
+        // SAFETY: the context lives to the end of the program.
+        let outcome = unsafe { cu::ctx::set_current(self.context) };
+        outcome.or_else(|error| checked(&self.label(), "cuCtxSetCurrent", Err(error)))
+    }
+
+    pub(super) fn context(&self) -> CUcontext {
+        self.context
+    }
+
+    pub(super) fn stream(&self) -> CUstream {
+        self.stream
+    }
+
+    pub(super) fn label(&self) -> String {
         format!("cuda:{}", self.ordinal)
     }
 

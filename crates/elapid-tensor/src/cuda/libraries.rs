@@ -86,7 +86,21 @@ const CUBLASLT: Wanted = Wanted {
     stem: "cublasLt",
     versions: &["", ".13", ".12"],
     windows: &["cublasLt64_13.dll", "cublasLt64_12.dll"],
-    symbols: &["cublasLtCreate", "cublasLtMatmul", "cublasLtMatmulAlgoGetHeuristic"],
+    symbols: &[
+        "cublasLtCreate",
+        "cublasLtDestroy",
+        "cublasLtMatmul",
+        "cublasLtMatmulAlgoGetHeuristic",
+        "cublasLtMatmulDescCreate",
+        "cublasLtMatmulDescDestroy",
+        "cublasLtMatmulDescSetAttribute",
+        "cublasLtMatmulPreferenceCreate",
+        "cublasLtMatmulPreferenceDestroy",
+        "cublasLtMatmulPreferenceSetAttribute",
+        "cublasLtMatrixLayoutCreate",
+        "cublasLtMatrixLayoutDestroy",
+        "cublasLtMatrixLayoutSetAttribute",
+    ],
     remedy: "install CUDA 12 or later, or `pip install nvidia-cublas`, or set CUDA_HOME",
 };
 

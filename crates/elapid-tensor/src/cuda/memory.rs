@@ -82,9 +82,14 @@ impl<T> DeviceSlice<'_, T> {
         self.len == 0
     }
 
-    /// At most the first `len` elements.
-    pub fn first(&self, len: usize) -> Self {
-        Self { len: self.len.min(len), ..*self }
+    /// Elements `start..start + len`, as far as they are there.
+    pub fn range(&self, start: usize, len: usize) -> Self {
+        let start = start.min(self.len);
+        Self {
+            address: self.address + (start * size_of::<T>()) as u64,
+            len: len.min(self.len - start),
+            element: PhantomData,
+        }
     }
 }
 

@@ -8,6 +8,11 @@
 //!
 //! A [`Gpu`] has one stream: launches, copies and the reuse of memory are ordered by the order of calls.
 
+mod blas;
+mod blas_card;
+mod blas_host;
+#[cfg(test)]
+mod blas_tests;
 mod cache;
 mod card;
 pub(crate) mod copy;
@@ -20,6 +25,7 @@ mod source;
 #[cfg(test)]
 mod tests;
 
+pub use blas::{Matrix, Product};
 pub use card::Card;
 pub use error::{GpuError, Result};
 pub use gpu::{Event, Gpu, GpuId, Kernel, Launch, Module};

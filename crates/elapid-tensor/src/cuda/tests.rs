@@ -26,11 +26,11 @@ struct MapArgs {
 unsafe impl KernelArguments for MapArgs {}
 
 /// The emulation and the card, as far as they are there.
-fn gpus() -> Vec<Gpu> {
+pub(super) fn gpus() -> Vec<Gpu> {
     emulation().into_iter().chain(found("card", Gpu::open(0))).collect()
 }
 
-fn emulation() -> Option<Gpu> {
+pub(super) fn emulation() -> Option<Gpu> {
     found("emulation", Gpu::emulated())
 }
 
