@@ -1,6 +1,7 @@
 //! Logits of given tokens, piece by piece, so that [T, V] need never be held whole.
 
 use elapid_models::{LanguageModel, State};
+use elapid_tensor::Device;
 use elapid_tensor::autograd::no_grad;
 
 use crate::prefill::{Feed, Part, check_tokens, plan, run};
@@ -49,7 +50,7 @@ pub fn forward<E: From<Error>>(
         }
         let states: Vec<&State> = feeds.iter().map(|feed| &feed.state).collect();
         if states.is_empty() {
-            return Ok(model.fresh_state(0));
+            return model.fresh_state(0).map_err(|error| E::from(error.into()));
         }
         State::join(&states).map_err(|error| E::from(error.into()))
     })
@@ -86,7 +87,7 @@ fn call<E: From<Error>>(
         let logits = hidden
             .narrow(0, start, step.min(rows - start))
             .map_err(Error::from)
-            .and_then(|hidden| Ok(model.logits(&hidden)?))
+            .and_then(|hidden| Ok(model.logits(&hidden)?.to(Device::Cpu)?))
             .map_err(E::from)?;
         let logits = logits.data::<f32>().map_err(|error| E::from(error.into()))?;
         on_piece(Piece { row: row + start, logits })?;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use elapid_models::{Context, LanguageModel, MambaConfig, State};
 use elapid_tensor::autograd::no_grad;
-use elapid_tensor::{Sequence, Sequences, Tensor};
+use elapid_tensor::{DType, Device, Sequence, Sequences, Tensor};
 
 use crate::prefill::{self, Feed, check_tokens};
 use crate::{Error, Result, Sampler, Sampling, TextStream};
@@ -264,7 +264,10 @@ impl Engine<'_> {
             }
         }
         let last = match last.as_slice() {
-            [] => Tensor::zeros::<f32>([0, self.model.config().d_model]),
+            [] => {
+                let width = self.model.config().d_model;
+                Tensor::zeros_on(self.model.device(), DType::F32, [0, width])?
+            }
             last => Tensor::concat(&last.iter().collect::<Vec<_>>(), 0)?,
         };
         Ok((feeds.into_iter().map(|feed| feed.state).collect(), last))
@@ -292,7 +295,7 @@ impl Engine<'_> {
 
     /// Samples the next token of every running sequence from its hidden state [S, D].
     fn choose(&mut self, running: &mut [Running], hidden: &Tensor, state: &State) -> Result<()> {
-        let logits = self.model.logits(hidden)?;
+        let logits = self.model.logits(hidden)?.to(Device::Cpu)?;
         let logits = logits.row_view::<f32>()?;
         let mut interrupted = false;
         for (slot, running) in running.iter_mut().enumerate() {

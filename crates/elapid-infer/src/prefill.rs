@@ -41,7 +41,7 @@ impl<'a> Feed<'a> {
                 model.check_state(&state)?;
                 state
             }
-            None => model.fresh_state(1),
+            None => model.fresh_state(1)?,
         };
         Ok(Self { tokens, id, state, continued })
     }

@@ -198,10 +198,10 @@ fn wrong_calls_are_errors() {
     let wild = Request { prompt: vec![1, 256], ..Request::default() };
     let message = fails(&[wild], &options);
     assert!(message.contains("token 256 at place 1"), "{message}");
-    let other = LanguageModel::new(&MambaConfig::bytes(16, 3), 5).unwrap().fresh_state(1);
+    let other = LanguageModel::new(&MambaConfig::bytes(16, 3), 5).unwrap().fresh_state(1).unwrap();
     let message = fails(&[Request { state: Some(other), ..request("a", 0) }], &options);
     assert!(message.contains("conv_state"), "{message}");
-    let two = Request { state: Some(model.fresh_state(2)), ..request("a", 0) };
+    let two = Request { state: Some(model.fresh_state(2).unwrap()), ..request("a", 0) };
     assert!(fails(&[two], &options).contains("2 slots"));
     let message = fails(&[request("a", 0)], &Options { chunk: 0, ..options.clone() });
     assert!(message.starts_with("chunk"), "{message}");

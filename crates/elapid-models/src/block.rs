@@ -91,6 +91,8 @@ impl Block {
         let (normed, residual) = self.norm.forward(hidden, residual)?;
         context.tap("residual", &residual);
         context.tap("norm", &normed);
+        // The first block's norm has the type of the embedding, f32.
+        let normed = normed.cast(context.compute())?;
         let (hidden, state) = context
             .within("mixer", |context| self.mixer.forward(&normed, sequences, state, context))?;
         Ok((hidden, residual, state))

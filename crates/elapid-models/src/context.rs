@@ -1,15 +1,21 @@
 //! What a forward pass carries beside its tensors.
 
-use elapid_tensor::Tensor;
+use elapid_tensor::{DType, Tensor};
 
 /// Receives activations by name.
 pub type Tap<'a> = dyn FnMut(&str, &Tensor) + 'a;
 
 /// Training or inference, and who listens to activations.
-#[derive(Default)]
 pub struct Context<'a> {
     prefix: String,
     tap: Option<&'a mut Tap<'a>>,
+    compute: DType,
+}
+
+impl Default for Context<'_> {
+    fn default() -> Self {
+        Self { prefix: String::new(), tap: None, compute: DType::F32 }
+    }
 }
 
 impl<'a> Context<'a> {
@@ -20,7 +26,16 @@ impl<'a> Context<'a> {
 
     /// A context that shows every tapped activation to `tap`. Tensors keep their place in the graph.
     pub fn tapped(tap: &'a mut Tap<'a>) -> Self {
-        Self { prefix: String::new(), tap: Some(tap) }
+        Self { tap: Some(tap), ..Self::default() }
+    }
+
+    /// The type that mixers compute in: f32, or on a GPU bf16. The residual stream, norms, scans and losses are f32.
+    pub fn compute(&self) -> DType {
+        self.compute
+    }
+
+    pub(crate) fn set_compute(&mut self, dtype: DType) {
+        self.compute = dtype;
     }
 
     /// Shows an activation, under the names of the modules around it.

@@ -1,11 +1,15 @@
 //! The Mamba language model: embedding, blocks, final norm, head (tied to the embedding or not).
 
-use elapid_ops::embedding::embedding;
+use std::sync::Arc;
+
+use elapid_ops::embedding::cuda::TokenIds;
+use elapid_ops::embedding::{Ids, embedding};
 use elapid_ops::linear_cross_entropy::{
-    Reduction, linear_cross_entropy, linear_cross_entropy_per_token,
+    Reduction, Targets, linear_cross_entropy, linear_cross_entropy_per_token,
+    linear_cross_entropy_prepared,
 };
 use elapid_ops::matmul::linear;
-use elapid_tensor::{Sequences, Shape, Tensor};
+use elapid_tensor::{DType, Device, Sequences, Shape, Tensor};
 
 use crate::initialize::Initializer;
 use crate::mixers::Mamba;
@@ -19,6 +23,7 @@ pub struct LanguageModel {
     layers: Vec<Block>,
     norm_f: Norm,
     lm_head: Option<Tensor>,
+    compute: DType,
 }
 
 impl LanguageModel {
@@ -57,6 +62,39 @@ impl LanguageModel {
             layers,
             norm_f: Norm::new(config, init)?,
             lm_head,
+            compute: DType::F32,
+        })
+    }
+
+    /// Where the parameters are, and where the model runs.
+    pub fn device(&self) -> Device {
+        self.embedding.device()
+    }
+
+    /// The type that mixers compute in.
+    pub fn compute(&self) -> DType {
+        self.compute
+    }
+
+    /// Moves the parameters to a device, and computes there in f32 or, on a GPU, bf16. Parameters stay f32.
+    ///
+    /// # Errors
+    /// If the device cannot be used or is full, or does not compute in that type.
+    pub fn place(&mut self, device: Device, compute: DType) -> Result<()> {
+        if !matches!((device, compute), (_, DType::F32) | (Device::Cuda(_), DType::BF16)) {
+            return Err(elapid_tensor::Error::Unsupported {
+                op: "language_model",
+                device,
+                dtype: compute,
+            }
+            .into());
+        }
+        self.compute = compute;
+        self.visit(&mut |parameter| {
+            let moved = parameter.tensor.detach().to(device)?;
+            let tracked = parameter.tensor.tracks_grad();
+            *parameter.tensor = if tracked { moved.requires_grad() } else { moved };
+            Ok(())
         })
     }
 
@@ -101,20 +139,22 @@ impl LanguageModel {
         self.layers.iter().map(|layer| layer.mixer().state_shapes(slots)).collect()
     }
 
-    /// The state of `slots` sequences that have seen nothing.
-    pub fn fresh_state(&self, slots: usize) -> State {
+    /// The state of `slots` sequences that have seen nothing, where the model is.
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    pub fn fresh_state(&self, slots: usize) -> Result<State> {
         let layers = self
             .state_shapes(slots)
             .into_iter()
             .map(|shapes| {
-                LayerState::new(
-                    shapes
-                        .into_iter()
-                        .map(|(name, shape)| (name.into(), Tensor::zeros::<f32>(shape))),
-                )
+                let tensors = shapes.into_iter().map(|(name, shape)| {
+                    Ok((name.into(), Tensor::zeros_on(self.device(), DType::F32, shape)?))
+                });
+                Ok(LayerState::new(tensors.collect::<Result<Vec<_>>>()?))
             })
-            .collect();
-        State { layers, positions: vec![0; slots] }
+            .collect::<Result<_>>()?;
+        Ok(State { layers, positions: vec![0; slots] })
     }
 
     /// Checks that a state has this model's layers, names and shapes.
@@ -146,19 +186,29 @@ impl LanguageModel {
         Ok(())
     }
 
-    /// Token ids [T] (u32) to normalised hidden states [T, D] and the state after each sequence.
+    /// Token ids [T] (u32) to normalised hidden states [T, D] and the state after each sequence. Ids are on the host
+    /// or prepared; a state is moved to where the model is.
     ///
     /// # Errors
     /// If an id is outside the vocabulary, the number of ids is not that of the sequences, or the state is
     /// missing or of another model.
-    pub fn hidden(
+    pub fn hidden<'a>(
         &self,
-        ids: &Tensor,
+        ids: impl Into<Ids<'a>>,
         sequences: &Sequences,
         state: Option<State>,
         context: &mut Context<'_>,
     ) -> Result<(Tensor, State)> {
-        ids.expect_shape("language_model", "ids", &[sequences.tokens()])?;
+        let ids = ids.into();
+        if ids.tokens() != sequences.tokens() {
+            let message = format!(
+                "{} token ids, but the sequences have {} tokens",
+                ids.tokens(),
+                sequences.tokens()
+            );
+            return Err(elapid_tensor::Error::argument("language_model", message).into());
+        }
+        context.set_compute(self.compute);
         let mut positions = vec![0; sequences.slots()];
         let mut states: Vec<Option<LayerState>> = match state {
             Some(state) => {
@@ -170,6 +220,7 @@ impl LanguageModel {
                     )));
                 }
                 self.check_state(&state)?;
+                let state = state.to(self.device())?;
                 positions = state.positions;
                 state.layers.into_iter().map(Some).collect()
             }
@@ -202,12 +253,12 @@ impl LanguageModel {
         Ok((hidden, State { layers, positions }))
     }
 
-    /// Hidden states [K, D] to logits [K, V], padded rows included.
+    /// Hidden states [K, D] to logits [K, V] in f32, padded rows included.
     ///
     /// # Errors
     /// If the width is another.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        Ok(linear(hidden, self.head(), None)?)
+        Ok(linear(&hidden.cast(DType::F32)?, self.head(), None)?)
     }
 
     /// Mean cross-entropy in nats over the tokens whose target is not -100, and the state after each
@@ -232,6 +283,24 @@ impl LanguageModel {
             self.config.vocab_size,
             Reduction::Mean,
         )?;
+        context.tap("loss", &loss);
+        Ok((loss, state))
+    }
+
+    /// [`LanguageModel::loss`] on a GPU, of ids and targets that were prepared there.
+    ///
+    /// # Errors
+    /// As [`LanguageModel::loss`].
+    pub fn loss_prepared(
+        &self,
+        ids: &Arc<TokenIds>,
+        targets: &Arc<Targets>,
+        sequences: &Sequences,
+        state: Option<State>,
+        context: &mut Context<'_>,
+    ) -> Result<(Tensor, State)> {
+        let (hidden, state) = self.hidden(Ids::Prepared(ids), sequences, state, context)?;
+        let loss = linear_cross_entropy_prepared(&hidden, self.head(), targets)?;
         context.tap("loss", &loss);
         Ok((loss, state))
     }

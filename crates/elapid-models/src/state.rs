@@ -5,7 +5,7 @@
 
 use std::borrow::Cow;
 
-use elapid_tensor::Tensor;
+use elapid_tensor::{Device, Tensor};
 
 use crate::{Error, Result};
 
@@ -87,6 +87,19 @@ impl State {
                 .collect(),
             positions: self.positions.clone(),
         }
+    }
+
+    /// The state on a device; what is there already is moved, not copied, so that a sole owner stays one.
+    ///
+    /// # Errors
+    /// If the device cannot be used or is full.
+    pub fn to(mut self, device: Device) -> Result<Self> {
+        for (_, tensor) in self.layers.iter_mut().flat_map(|layer| &mut layer.tensors) {
+            if tensor.device() != device {
+                *tensor = tensor.to(device)?;
+            }
+        }
+        Ok(self)
     }
 
     /// A state whose slot `i` is this one's slot `slots[i]`: forks, reorders and selects.

@@ -225,6 +225,7 @@ impl Tensor {
         let gpu = self.device_block()?.gpu();
         let (sum, term_at) = ((address, self.dtype), (term.device_address()?, term.dtype));
         // SAFETY: both have the same number of elements without gaps, and the sum is this tensor's alone.
-        Ok(unsafe { copy::add(gpu, sum, term_at, self.elements())? })
+        unsafe { copy::add(gpu, sum, term_at, self.elements())? };
+        Ok(())
     }
 }

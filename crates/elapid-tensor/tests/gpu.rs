@@ -38,7 +38,8 @@ fn values_move_there_and_back() {
 #[test]
 fn views_are_copied_like_on_the_host() {
     for device in devices() {
-        let views: [(&str, fn(&Tensor) -> Tensor); 6] = [
+        type View = fn(&Tensor) -> Tensor;
+        let views: [(&str, View); 6] = [
             ("transpose", |x| x.transpose(0, 2).unwrap()),
             ("inner transpose", |x| x.transpose(1, 2).unwrap()),
             ("narrow", |x| x.narrow(2, 3, 4).unwrap()),

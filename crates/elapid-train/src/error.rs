@@ -152,3 +152,9 @@ impl fmt::Display for Place {
         }
     }
 }
+
+impl From<elapid_tensor::cuda::GpuError> for Error {
+    fn from(error: elapid_tensor::cuda::GpuError) -> Self {
+        elapid_tensor::Error::from(error).into()
+    }
+}

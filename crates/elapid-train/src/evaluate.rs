@@ -4,7 +4,7 @@ use elapid_data::{Batch, IGNORE, Validation};
 use elapid_models::{Context, LanguageModel, State};
 use elapid_ops::gather::select_rows;
 use elapid_tensor::autograd::no_grad;
-use elapid_tensor::{Sequence, Sequences, Tensor};
+use elapid_tensor::{Device, Sequence, Sequences, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
@@ -124,7 +124,7 @@ fn score(model: &LanguageModel, batch: &Batch) -> Result<Score> {
             let rows: Vec<usize> =
                 (0..targets.len()).filter(|&row| targets[row] != IGNORE).collect();
             if !rows.is_empty() {
-                let logits = model.logits(&select_rows(&hidden, &rows)?)?;
+                let logits = model.logits(&select_rows(&hidden, &rows)?)?.to(Device::Cpu)?;
                 let view = logits.row_view::<f32>()?;
                 for (i, &row) in rows.iter().enumerate() {
                     let answer = targets[row] as usize;

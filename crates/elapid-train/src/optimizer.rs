@@ -4,11 +4,12 @@
 //! Decay is decoupled (Loshchilov and Hutter, 2019) and spares norms, biases, `A_log` and `D`.
 
 use elapid_models::LanguageModel;
-use elapid_ops::adamw::AdamW as Update;
-use elapid_tensor::Tensor;
+use elapid_ops::adamw::{AdamW as Update, cuda};
+use elapid_tensor::{DType, Tensor};
 
 use crate::config::OptimizerConfig;
 use crate::error::{Error, Result};
+use crate::trainer::GpuStep;
 
 struct Slot {
     name: String,
@@ -22,26 +23,28 @@ pub struct AdamW {
     config: OptimizerConfig,
     steps: u64,
     slots: Vec<Slot>,
+    pub(crate) on_gpu: Option<GpuStep>,
 }
 
 impl AdamW {
-    /// Zero moments for every parameter of the model.
+    /// Zero moments for every parameter of the model, where the model is.
     ///
     /// # Errors
     /// Those of visiting the model.
     pub fn new(config: &OptimizerConfig, model: &mut LanguageModel) -> Result<Self> {
         let mut slots = Vec::new();
+        let device = model.device();
         model.visit(&mut |parameter| {
             let shape = parameter.tensor.shape();
             slots.push(Slot {
                 name: parameter.name,
                 decay: parameter.decay,
-                exp_avg: Tensor::zeros::<f32>(shape),
-                exp_avg_sq: Tensor::zeros::<f32>(shape),
+                exp_avg: Tensor::zeros_on(device, DType::F32, shape)?,
+                exp_avg_sq: Tensor::zeros_on(device, DType::F32, shape)?,
             });
             Ok(())
         })?;
-        Ok(Self { config: config.clone(), steps: 0, slots })
+        Ok(Self { config: config.clone(), steps: 0, slots, on_gpu: None })
     }
 
     /// Parameter names, in the order in which [`AdamW::step`] takes gradients.
@@ -52,6 +55,27 @@ impl AdamW {
     /// Steps done.
     pub fn steps(&self) -> u64 {
         self.steps
+    }
+
+    /// Numbers of elements of the parameters.
+    pub(crate) fn lengths(&self) -> Vec<usize> {
+        self.slots.iter().map(|slot| slot.exp_avg.elements()).collect()
+    }
+
+    /// The constants of the next step, but for each parameter's weight decay.
+    pub(crate) fn update(&self, lr: f64) -> Update {
+        Update {
+            learning_rate: lr,
+            beta1: self.config.betas[0],
+            beta2: self.config.betas[1],
+            epsilon: self.config.eps,
+            weight_decay: 0.0,
+        }
+    }
+
+    /// Counts a step that a GPU has done.
+    pub(crate) fn count_step(&mut self) {
+        self.steps += 1;
     }
 
     /// One step at learning rate `lr`; gradients (in visit order) are multiplied by `scale` first.
@@ -92,6 +116,57 @@ impl AdamW {
         Ok(())
     }
 
+    /// Writes down for a GPU where parameters, gradients (in visit order) and moments are.
+    ///
+    /// # Errors
+    /// If a parameter has no gradient or one of another shape, type or device.
+    pub fn bind(
+        &mut self,
+        model: &mut LanguageModel,
+        gradients: &[Option<Tensor>],
+        step: &mut cuda::Step,
+    ) -> Result<()> {
+        let weight_decay = self.config.weight_decay;
+        let mut tensors = Vec::with_capacity(self.slots.len());
+        model.visit(&mut |parameter| {
+            // Taken out, so that nobody shares the values and they are changed in place.
+            let tensor = std::mem::replace(parameter.tensor, Tensor::scalar(0f32));
+            tensors.push((parameter.name, tensor));
+            Ok(())
+        })?;
+        let mut parameters = Vec::with_capacity(tensors.len());
+        let mut missing = None;
+        for (((name, p), slot), g) in tensors.iter_mut().zip(&mut self.slots).zip(gradients) {
+            let Some(g) = g else {
+                missing = Some(name.clone());
+                continue;
+            };
+            parameters.push(cuda::Parameter {
+                p,
+                g,
+                m: &mut slot.exp_avg,
+                v: &mut slot.exp_avg_sq,
+                weight_decay: if slot.decay { weight_decay } else { 0.0 },
+                rate: 1.0,
+            });
+        }
+        let bound = match missing {
+            None => step.bind(&mut parameters).map_err(Error::from),
+            Some(name) => {
+                Err(elapid_tensor::Error::argument("adamw", format!("{name} has no gradient"))
+                    .into())
+            }
+        };
+        let mut tensors = tensors.into_iter();
+        model.visit(&mut |parameter| {
+            if let Some((_, tensor)) = tensors.next() {
+                *parameter.tensor = tensor;
+            }
+            Ok(())
+        })?;
+        bound
+    }
+
     /// The moments under `exp_avg.{parameter}` and `exp_avg_sq.{parameter}`, as PyTorch calls them.
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
         self.slots
@@ -123,7 +198,7 @@ impl AdamW {
                     message: format!("the optimizer's tensor `{name}` is missing"),
                 })?;
                 found.expect_shape("optimizer", &name, &moment.shape())?;
-                *moment = found;
+                *moment = found.to(moment.device())?;
             }
         }
         self.steps = steps;

@@ -20,6 +20,7 @@ struct Tensor {
     int64_t len;
     int64_t first_chunk;  // chunks of the tensors before this one: the sum of ceil(len / CHUNK)
     double weight_decay;
+    double rate;  // times the learning rate
 };
 
 // The step's numbers as in the CPU code, f32 each.
@@ -91,13 +92,14 @@ KERNEL(adamw_step, StepArguments, 512, 2) {
     Factors f = *args.factors;
     if (!args.norm->sound) return;
     float scale = args.norm->grad_scale;
-    float keep = fmaf(-f.learning_rate, float(t.weight_decay), 1.0f);
+    float rate = float(t.rate), step_size = f.step_size * rate;
+    float keep = fmaf(-f.learning_rate * rate, float(t.weight_decay), 1.0f);
     auto update = [&](float& p, float g, float& m, float& v) {
         g *= scale;
         p *= keep;
         m = fmaf(g, f.rest1, m * f.beta1);
         v = fmaf(v, f.beta2, g * g * f.rest2);
-        p -= m * f.step_size / fmaf(sqrtf(v), f.root_factor, f.epsilon);
+        p -= m * step_size / fmaf(sqrtf(v), f.root_factor, f.epsilon);
     };
     bool whole = packable<float, PACK>(t.p, 0) && packable<G, PACK>(t.g, 0) && packable<float, PACK>(t.m, 0) &&
                  packable<float, PACK>(t.v, 0);

@@ -25,6 +25,8 @@ pub struct Parameter<'a> {
     pub v: &'a mut Tensor,
     /// Its own weight decay.
     pub weight_decay: f64,
+    /// Factor of the learning rate.
+    pub rate: f64,
 }
 
 /// The numbers of a step.
@@ -53,7 +55,7 @@ pub struct Outcome {
 #[derive(Debug)]
 pub struct Step {
     gpu: Gpu,
-    table: DeviceBuffer<[u64; 7]>,
+    table: DeviceBuffer<[u64; 8]>,
     factors: DeviceBuffer<[f32; 12]>,
     norm: DeviceBuffer<[u64; 2]>,
     partial: DeviceBuffer<f64>,
@@ -128,6 +130,7 @@ impl Step {
                 len as u64,
                 chunks as u64,
                 parameter.weight_decay.to_bits(),
+                parameter.rate.to_bits(),
             ]);
             for (name, tensor) in [("p", &*parameter.p), ("m", parameter.m), ("v", parameter.v)] {
                 tensor.expect_dtype(OP, name, elapid_tensor::DType::F32)?;

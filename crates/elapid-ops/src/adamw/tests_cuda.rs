@@ -40,7 +40,10 @@ fn check(clip_norm: f64) {
         let mut parameters: Vec<Parameter<'_>> = held
             .iter_mut()
             .enumerate()
-            .map(|(i, [p, m, v, g])| Parameter { p, g, m, v, weight_decay: 0.1 * i as f64 })
+            .map(|(i, [p, m, v, g])| {
+                let rate = 1.0 + 0.5 * i as f64;
+                Parameter { p, g, m, v, weight_decay: 0.1 * i as f64, rate }
+            })
             .collect();
         let found = cuda::step(&gpu, &mut parameters, &Numbers { clip_norm, ..NUMBERS }).unwrap();
         assert!(found.taken);
@@ -50,7 +53,8 @@ fn check(clip_norm: f64) {
         let scale = if clip_norm > 0.0 && norm > clip_norm { clip_norm / norm } else { 1.0 };
         for (i, ([p, m, v, g], got)) in before.into_iter().zip(&held).enumerate() {
             let [mut want_p, mut want_m, mut want_v] = [p, m, v];
-            let own = AdamW { weight_decay: 0.1 * i as f64, ..NUMBERS.update };
+            let learning_rate = NUMBERS.update.learning_rate * (1.0 + 0.5 * i as f64);
+            let own = AdamW { learning_rate, weight_decay: 0.1 * i as f64, ..NUMBERS.update };
             reference::step([&mut want_p, &mut want_m, &mut want_v], &g, &own, 3, scale);
             for (name, got, want) in
                 [("p", &got[0], want_p), ("m", &got[1], want_m), ("v", &got[2], want_v)]
@@ -75,7 +79,8 @@ fn a_step_that_is_not_sound_changes_nothing() {
         let step = |g: &[f32], limit: f64, step: u64| {
             let [mut p, mut m, mut v] = [0; 3].map(|_| on(&[1.0; 5]));
             let g = on(g);
-            let parameter = Parameter { p: &mut p, g: &g, m: &mut m, v: &mut v, weight_decay: 0.1 };
+            let parameter =
+                Parameter { p: &mut p, g: &g, m: &mut m, v: &mut v, weight_decay: 0.1, rate: 1.0 };
             let numbers = Numbers { limit, step, ..NUMBERS };
             let found = cuda::step(&gpu, &mut [parameter], &numbers);
             let changed = [p, m, v].iter().any(|t| t.to_vec::<f32>().unwrap() != [1.0; 5]);

@@ -131,7 +131,8 @@ impl<'a> Inputs<'a> {
     fn check(&self, sequences: &Sequences) -> Result<()> {
         for (name, tensor) in self.named() {
             tensor.expect_device(OP, name, self.u.device())?;
-            let own_type = self.u.gpu().is_some() && matches!(name, "u" | "delta" | "b" | "c" | "z");
+            let own_type =
+                self.u.gpu().is_some() && matches!(name, "u" | "delta" | "b" | "c" | "z");
             let dtype = if own_type { self.u.dtype() } else { DType::F32 };
             tensor.expect_dtype(OP, name, dtype)?;
         }

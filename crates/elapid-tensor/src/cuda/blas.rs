@@ -217,12 +217,16 @@ impl Gpu {
             // SAFETY: the caller's promise about c and the bias.
             return unsafe { self.without_terms(product) };
         }
+        let turn = self.turn();
         match self.driver() {
             // SAFETY: the caller's promise; checked above.
             Driver::Card(card) => unsafe { card.multiply(product) },
             Driver::Host => {
-                // SAFETY: as above.
-                unsafe { blas_host::multiply(product) };
+                let product = *product;
+                turn.host(move || {
+                    // SAFETY: as above.
+                    unsafe { blas_host::multiply(&product) };
+                });
                 Ok(())
             }
         }

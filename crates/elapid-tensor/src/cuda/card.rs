@@ -6,7 +6,8 @@ use std::sync::Mutex;
 use cudarc::driver::result as cu;
 use cudarc::driver::sys::{
     CUcontext, CUdevice, CUdevice_attribute, CUevent, CUevent_flags, CUfunction,
-    CUfunction_attribute_enum, CUstream, cuDriverGetVersion, cuFuncGetAttribute,
+    CUfunction_attribute_enum, CUgraphExec, CUgraphInstantiate_flags, CUstream,
+    CUstreamCaptureMode, cuDriverGetVersion, cuFuncGetAttribute,
 };
 use cudarc::nvrtc::sys as rtc;
 
@@ -62,6 +63,26 @@ pub(super) struct CardEvent {
     event: CUevent,
     device: String,
     context: CUcontext,
+}
+
+pub(super) struct CardGraph {
+    executable: CUgraphExec,
+    context: CUcontext,
+}
+
+// SAFETY: as for Card.
+unsafe impl Send for CardGraph {}
+// SAFETY: as for Card.
+unsafe impl Sync for CardGraph {}
+
+impl Drop for CardGraph {
+    fn drop(&mut self) {
+        // SAFETY: nobody else has the handle; the driver waits for launches that are under way.
+        unsafe {
+            let _ = cu::ctx::set_current(self.context);
+            let _ = cu::graph::exec_destroy(self.executable);
+        }
+    }
 }
 
 type Outcome<T> = std::result::Result<T, cu::DriverError>;
@@ -243,6 +264,42 @@ impl Card {
     pub(super) fn synchronize(&self) -> Result<()> {
         // SAFETY: the stream lives as long as the card.
         self.call("cuStreamSynchronize", || unsafe { cu::stream::synchronize(self.stream) })
+    }
+
+    /// From here on launches and copies are written down, not carried out.
+    pub(super) fn begin_recording(&self) -> Result<()> {
+        // Only this program's own calls are watched; allocations are allowed.
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: the stream lives as long as the card.
+        self.call("cuStreamBeginCapture", || unsafe {
+            cu::stream::begin_capture(self.stream, mode)
+        })
+    }
+
+    /// What was written down, ready to be launched.
+    pub(super) fn end_recording(&self) -> Result<CardGraph> {
+        // SAFETY: as above.
+        let graph =
+            self.call("cuStreamEndCapture", || unsafe { cu::stream::end_capture(self.stream) })?;
+        if graph.is_null() {
+            return Err(GpuError::Call {
+                device: self.label(),
+                call: "cuStreamEndCapture",
+                message: "a call that cannot be recorded ended the recording".into(),
+            });
+        }
+        // SAFETY: the driver gave the graph just now.
+        let executable = self.call("cuGraphInstantiate", || unsafe {
+            cu::graph::instantiate(graph, CUgraphInstantiate_flags(0))
+        });
+        // SAFETY: the executable is a copy; nobody else has the graph.
+        self.call("cuGraphDestroy", || unsafe { cu::graph::destroy(graph) })?;
+        Ok(CardGraph { executable: executable?, context: self.context })
+    }
+
+    pub(super) fn launch_graph(&self, graph: &CardGraph) -> Result<()> {
+        // SAFETY: both handles are alive.
+        self.call("cuGraphLaunch", || unsafe { cu::graph::launch(graph.executable, self.stream) })
     }
 
     pub(super) fn event(&self) -> Result<CardEvent> {

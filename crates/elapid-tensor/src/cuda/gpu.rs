@@ -3,10 +3,11 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use super::card::{Card, CardEvent, CardModule};
 use super::error::{GpuError, Result};
+use super::graph::Recording;
 use super::host::{self, HostModule};
 use super::memory::Pool;
 use super::source::{KernelArguments, Source};
@@ -19,6 +20,7 @@ struct Inner {
     id: GpuId,
     driver: Driver,
     pool: Mutex<Pool>,
+    recording: RwLock<Option<Recording>>,
     modules: Mutex<HashMap<String, Module>>,
 }
 
@@ -112,18 +114,21 @@ impl GpuId {
         if let Some(gpu) = open.get(&self) {
             return Ok(gpu.clone());
         }
-        let gpu = Gpu::new(
-            self,
-            match self {
-                GpuId::Card(ordinal) => Driver::Card(Card::open(ordinal.into())?),
-                GpuId::Emulated => {
-                    host::check_compiler()?;
-                    Driver::Host
-                }
-            },
-        );
+        let gpu = self.open()?;
         open.insert(self, gpu.clone());
         Ok(gpu)
+    }
+
+    /// A GPU with a stream and memory that nobody else has.
+    pub(super) fn open(self) -> Result<Gpu> {
+        let driver = match self {
+            GpuId::Card(ordinal) => Driver::Card(Card::open(ordinal.into())?),
+            GpuId::Emulated => {
+                host::check_compiler()?;
+                Driver::Host
+            }
+        };
+        Ok(Gpu::new(self, driver))
     }
 }
 
@@ -161,6 +166,7 @@ impl Gpu {
             id,
             driver,
             pool: Mutex::new(Pool::default()),
+            recording: RwLock::new(None),
             modules: Mutex::new(HashMap::new()),
         }))
     }
@@ -231,6 +237,7 @@ impl Gpu {
             return Ok(());
         }
         let pointer = std::ptr::from_ref(arguments).cast::<c_void>();
+        let turn = self.turn();
         match (self.driver(), kernel.entry) {
             // SAFETY: the struct has the kernel's layout (KernelArguments); the rest is the caller's promise.
             (Driver::Card(card), Entry::Card(function)) => unsafe {
@@ -244,8 +251,11 @@ impl Gpu {
                         entry.arguments
                     )));
                 }
-                // SAFETY: as above.
-                unsafe { entry.run(launch, pointer) };
+                let arguments = *arguments;
+                turn.host(move || {
+                    // SAFETY: as above.
+                    unsafe { entry.run(launch, std::ptr::from_ref(&arguments).cast()) };
+                });
                 Ok(())
             }
             _ => Err(kernel.error("was compiled for another device".into())),
@@ -257,6 +267,8 @@ impl Gpu {
     /// # Errors
     /// If some of it failed.
     pub fn synchronize(&self) -> Result<()> {
+        let turn = self.turn();
+        turn.outside("cuStreamSynchronize", self)?;
         match self.driver() {
             Driver::Card(card) => card.synchronize(),
             Driver::Host => Ok(()),
@@ -268,10 +280,84 @@ impl Gpu {
     /// # Errors
     /// If the driver refuses.
     pub fn event(&self) -> Result<Event> {
+        let turn = self.turn();
+        turn.outside("cuEventRecord", self)?;
         Ok(Event(match self.driver() {
             Driver::Card(card) => EventInner::Card(card.event()?),
             Driver::Host => EventInner::Host(std::time::Instant::now()),
         }))
+    }
+
+    /// # Safety
+    /// The bytes must be in memory of this GPU, and nobody else may have them.
+    pub(super) unsafe fn fill_zero(&self, address: u64, bytes: usize) -> Result<()> {
+        let turn = self.turn();
+        match self.driver() {
+            Driver::Card(card) => card.fill_zero(address, bytes),
+            Driver::Host => {
+                turn.host(move || {
+                    // SAFETY: the caller's promise.
+                    unsafe { (address as *mut u8).write_bytes(0, bytes) };
+                });
+                Ok(())
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Gpu::fill_zero`].
+    pub(super) unsafe fn copy_in(&self, address: u64, from: &[u8]) -> Result<()> {
+        let turn = self.turn();
+        turn.outside("cuMemcpyHtoDAsync", self)?;
+        match self.driver() {
+            Driver::Card(card) => card.copy_in(address, from),
+            Driver::Host => {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    (address as *mut u8).copy_from_nonoverlapping(from.as_ptr(), from.len());
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Gpu::fill_zero`], for `to`; `from` must be in memory of this GPU.
+    pub(super) unsafe fn copy_within(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
+        let turn = self.turn();
+        match self.driver() {
+            Driver::Card(card) => card.copy_within(to, from, bytes),
+            Driver::Host => {
+                turn.host(move || {
+                    // SAFETY: the caller's promise.
+                    unsafe {
+                        (to as *mut u8).copy_from_nonoverlapping(from as *const u8, bytes);
+                    }
+                });
+                Ok(())
+            }
+        }
+    }
+
+    /// # Safety
+    /// The bytes must be in memory of this GPU.
+    pub(super) unsafe fn copy_out(&self, address: u64, to: &mut [u8]) -> Result<()> {
+        let turn = self.turn();
+        turn.outside("cuMemcpyDtoHAsync", self)?;
+        match self.driver() {
+            Driver::Card(card) => card.copy_out(address, to),
+            Driver::Host => {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    to.as_mut_ptr().copy_from_nonoverlapping(address as *const u8, to.len());
+                }
+                Ok(())
+            }
+        }
+    }
+
+    pub(super) fn recording(&self) -> &RwLock<Option<Recording>> {
+        &self.0.recording
     }
 
     pub(super) fn allocate(&self, bytes: usize) -> Result<u64> {

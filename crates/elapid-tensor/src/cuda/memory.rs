@@ -19,10 +19,11 @@ pub struct Usage {
     pub cached: usize,
 }
 
-/// Blocks that wait, by size.
+/// Blocks that wait, by the pool that they belong to and their size. Pool 0 is everybody's; each graph has its own,
+/// as its launches hold the addresses of its blocks.
 #[derive(Debug, Default)]
 pub(super) struct Pool {
-    free: BTreeMap<usize, Vec<u64>>,
+    free: BTreeMap<(u64, usize), Vec<u64>>,
     pub(super) usage: Usage,
 }
 
@@ -37,6 +38,7 @@ fn size_class(bytes: usize) -> usize {
 #[derive(Debug)]
 pub(crate) struct DeviceBlock {
     gpu: Gpu,
+    pool: u64,
     address: u64,
     capacity: usize,
     bytes: usize,
@@ -120,15 +122,8 @@ impl DeviceBlock {
     /// Bytes from `first` on, after all work before this call.
     pub(crate) fn read_into(&self, first: usize, to: &mut [u8]) -> Result<()> {
         debug_assert!(first + to.len() <= self.bytes);
-        match self.gpu.driver() {
-            Driver::Card(card) => card.copy_out(self.address + first as u64, to),
-            // SAFETY: the block holds as many bytes.
-            Driver::Host => unsafe {
-                let from = (self.address as *const u8).add(first);
-                to.as_mut_ptr().copy_from_nonoverlapping(from, to.len());
-                Ok(())
-            },
-        }
+        // SAFETY: the block holds as many bytes.
+        unsafe { self.gpu.copy_out(self.address + first as u64, to) }
     }
 }
 
@@ -145,8 +140,9 @@ impl Gpu {
     pub(crate) fn scratch_block(&self, bytes: usize) -> Result<DeviceBlock> {
         // The emulated device gives exactly what is asked for, so that a sanitizer sees every stray access.
         let capacity = if self.is_emulated() { bytes.max(1) } else { size_class(bytes) };
+        let own = self.recording_pool();
         let mut pool = self.pool();
-        let recycled = pool.free.get_mut(&capacity).and_then(Vec::pop);
+        let recycled = pool.free.get_mut(&(own, capacity)).and_then(Vec::pop);
         let address = match recycled {
             Some(address) => {
                 pool.usage.cached -= capacity;
@@ -154,8 +150,9 @@ impl Gpu {
             }
             None => match self.allocate(capacity) {
                 Ok(address) => address,
+                Err(error) if own != 0 => return Err(self.out_of_memory(bytes, error)),
                 Err(_) => {
-                    self.give_back(&mut pool)?;
+                    self.give_back(&mut pool, 0)?;
                     self.allocate(capacity).map_err(|error| self.out_of_memory(bytes, error))?
                 }
             },
@@ -163,7 +160,7 @@ impl Gpu {
         pool.usage.in_use += capacity;
         pool.usage.peak = pool.usage.peak.max(pool.usage.in_use);
         drop(pool);
-        Ok(DeviceBlock { gpu: self.clone(), address, capacity, bytes })
+        Ok(DeviceBlock { gpu: self.clone(), pool: own, address, capacity, bytes })
     }
 
     /// `len` zeros.
@@ -177,13 +174,8 @@ impl Gpu {
 
     pub(crate) fn zeroed(&self, bytes: usize) -> Result<DeviceBlock> {
         let block = self.scratch_block(bytes)?;
-        match self.driver() {
-            Driver::Card(card) => card.fill_zero(block.address, bytes)?,
-            // SAFETY: the block is that long and nobody else has it.
-            Driver::Host => unsafe {
-                (block.address as *mut u8).write_bytes(0, bytes);
-            },
-        }
+        // SAFETY: the block is that long and nobody else has it.
+        unsafe { self.fill_zero(block.address, bytes)? };
         Ok(block)
     }
 
@@ -208,14 +200,34 @@ impl Gpu {
     /// If the driver refuses.
     pub fn trim(&self) -> Result<()> {
         let mut pool = self.pool();
-        self.give_back(&mut pool)
+        self.give_back(&mut pool, 0)
     }
 
-    fn give_back(&self, pool: &mut Pool) -> Result<()> {
+    /// Gives the waiting blocks of a graph that is gone to everybody.
+    pub(super) fn dissolve_pool(&self, own: u64) {
+        let mut pool = self.pool();
+        let blocks: Vec<((u64, usize), Vec<u64>)> =
+            pool.free.extract_if(.., |key, _| key.0 == own).collect();
+        for ((_, capacity), mut addresses) in blocks {
+            if self.is_emulated() {
+                pool.usage.cached -= capacity * addresses.len();
+                for address in addresses {
+                    // A failure to free has nobody to tell; the memory is lost with the program.
+                    let _ = self.release(address, capacity);
+                }
+                continue;
+            }
+            pool.free.entry((0, capacity)).or_default().append(&mut addresses);
+        }
+    }
+
+    fn give_back(&self, pool: &mut Pool, own: u64) -> Result<()> {
         self.synchronize()?;
-        pool.usage.cached = 0;
-        for (capacity, blocks) in std::mem::take(&mut pool.free) {
-            for address in blocks {
+        let waiting: Vec<((u64, usize), Vec<u64>)> =
+            pool.free.extract_if(.., |key, _| key.0 == own).collect();
+        for ((_, capacity), addresses) in waiting {
+            for address in addresses {
+                pool.usage.cached -= capacity;
                 self.release(address, capacity)?;
             }
         }
@@ -274,17 +286,8 @@ impl<T: Pod> DeviceBuffer<T> {
     /// If the lengths differ.
     pub fn write(&mut self, values: &[T]) -> Result<()> {
         assert_eq!(values.len(), self.len);
-        match self.gpu().driver() {
-            Driver::Card(card) => card.copy_in(self.address(), bytemuck::cast_slice(values)),
-            Driver::Host => {
-                let from = bytemuck::cast_slice::<T, u8>(values);
-                // SAFETY: the block holds as many bytes, and nobody else has it.
-                unsafe {
-                    (self.address() as *mut u8).copy_from_nonoverlapping(from.as_ptr(), from.len());
-                }
-                Ok(())
-            }
-        }
+        // SAFETY: the block holds as many bytes, and nobody else has it.
+        unsafe { self.gpu().copy_in(self.address(), bytemuck::cast_slice(values)) }
     }
 
     /// A copy in the same GPU's memory.
@@ -314,14 +317,8 @@ impl<T: Pod> DeviceSlice<'_, T> {
     pub fn duplicate(&self, gpu: &Gpu) -> Result<DeviceBuffer<T>> {
         let copy = gpu.scratch::<T>(self.len)?;
         let bytes = self.len * size_of::<T>();
-        match gpu.driver() {
-            Driver::Card(card) => card.copy_within(copy.address(), self.address, bytes)?,
-            // SAFETY: both blocks hold as many bytes, and the copy is nobody else's.
-            Driver::Host => unsafe {
-                (copy.address() as *mut u8)
-                    .copy_from_nonoverlapping(self.address as *const u8, bytes);
-            },
-        }
+        // SAFETY: both blocks hold as many bytes, and the copy is nobody else's.
+        unsafe { gpu.copy_within(copy.address(), self.address, bytes)? };
         Ok(copy)
     }
 }
@@ -330,14 +327,15 @@ impl Drop for DeviceBlock {
     fn drop(&mut self) {
         let mut pool = self.gpu.pool();
         pool.usage.in_use -= self.capacity;
-        if self.gpu.is_emulated() {
+        // A graph's launches go on writing to the blocks of its pool.
+        if self.gpu.is_emulated() && self.pool == 0 {
             drop(pool);
             // A failure to free has nobody to tell; the memory is lost with the program.
             let _ = self.gpu.release(self.address, self.capacity);
             return;
         }
         pool.usage.cached += self.capacity;
-        pool.free.entry(self.capacity).or_default().push(self.address);
+        pool.free.entry((self.pool, self.capacity)).or_default().push(self.address);
     }
 }
 

@@ -21,4 +21,4 @@ pub struct Source {
 /// # Safety
 /// The type must be `repr(C)`, have the layout of the kernel's struct, and hold in its pointers addresses of device
 /// memory that the kernel may use as it does.
-pub unsafe trait KernelArguments: Copy + 'static {}
+pub unsafe trait KernelArguments: Copy + Send + Sync + 'static {}

@@ -1,6 +1,6 @@
 //! The emulation and, where there is one, the card: memory, kernels, errors.
 
-use super::{Gpu, GpuError, KernelArguments, Launch, Source, libraries};
+use super::{DeviceBuffer, Gpu, GpuError, KernelArguments, Launch, Source, libraries};
 
 static TESTS: Source = Source { name: "tests", text: include_str!("tests.cu"), headers: &[] };
 
@@ -116,6 +116,8 @@ fn a_missing_barrier_shows_in_some_order() {
 #[test]
 fn memory_is_used_again_and_counted() {
     for gpu in gpus() {
+        // Other tests use the common one at the same time.
+        let gpu = gpu.id().open().unwrap();
         let first = gpu.zeros::<f32>(1000).unwrap();
         assert!(first.read().unwrap().iter().all(|&value| value == 0.0));
         let values: Vec<f32> = (0..1000).map(|i| i as f32).collect();
@@ -130,6 +132,41 @@ fn memory_is_used_again_and_counted() {
         }
         gpu.trim().unwrap();
         assert_eq!(gpu.usage().cached, 0);
+    }
+}
+
+#[test]
+fn recorded_work_is_carried_out_on_launch() {
+    for gpu in gpus() {
+        let kernel = gpu.module(&TESTS, &[]).unwrap().kernel("row_sum").unwrap();
+        let mut x = gpu.upload(&[1f32; 8]).unwrap();
+        let sum = |x: &DeviceBuffer<f32>| -> super::Result<DeviceBuffer<f32>> {
+            let to = gpu.scratch::<f32>(2)?;
+            let args = SumArgs { x: x.address(), y: to.address(), rows: 2, width: 4 };
+            // SAFETY: one block a row, within both buffers.
+            unsafe { gpu.launch(&kernel, Launch::linear(2, 32), &args)? };
+            Ok(to)
+        };
+        sum(&x).unwrap();
+        // The memory of the first copy is used again for the second, within the graph.
+        let (last, graph) = gpu
+            .record(|| {
+                drop(x.duplicate()?);
+                sum(&x.duplicate()?)
+            })
+            .unwrap();
+        for value in [2.0, 3.0] {
+            x.write(&[value; 8]).unwrap();
+            // What is taken now must not be what the graph writes to.
+            let other = gpu.upload(&[7f32; 8]).unwrap();
+            // SAFETY: `x` is where it was.
+            unsafe { graph.launch().unwrap() };
+            assert_eq!(last.read().unwrap(), [4.0 * value; 2], "{gpu}");
+            assert_eq!(other.read().unwrap(), [7.0; 8]);
+        }
+        let refused = gpu.record(|| x.read()).err().unwrap().to_string();
+        assert!(refused.contains("recorded graph"), "{refused}");
+        assert_eq!(x.read().unwrap(), [3.0; 8]);
     }
 }
 

@@ -6,6 +6,7 @@
 //! parameters, moments, the place in the data, the carried state and every running figure.
 
 mod checkpoint;
+mod on_gpu;
 mod report;
 mod step;
 
@@ -18,6 +19,7 @@ use elapid_models::{LanguageModel, MambaConfig, State};
 use elapid_tensor::Tensor;
 use serde_json::Value;
 
+pub(crate) use on_gpu::GpuStep;
 pub use step::{NormWatch, StepReport, train_step};
 
 use crate::config::{ProgressMode, RunConfig};

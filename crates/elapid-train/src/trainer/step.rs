@@ -3,13 +3,14 @@
 use elapid_data::Batch;
 use elapid_models::{Context, LanguageModel, State};
 use elapid_ops::adamw::global_norm;
-use elapid_tensor::Tensor;
 use elapid_tensor::autograd::{accumulate, backward};
+use elapid_tensor::{Device, Tensor};
 
 use crate::config::OptimizerConfig;
 use crate::diagnose::first_bad_tensor;
 use crate::error::{Error, Result};
 use crate::optimizer::AdamW;
+use crate::trainer::on_gpu;
 
 /// What one step saw.
 #[derive(Debug, Clone, Copy)]
@@ -44,12 +45,17 @@ impl NormWatch {
         self.average.max(clip_norm)
     }
 
-    fn exploded(&self, norm: f64, config: &OptimizerConfig) -> bool {
+    /// The norm above which a step is an explosion; none while it is too early to tell.
+    pub(super) fn limit(&self, config: &OptimizerConfig) -> Option<f64> {
         let factor = config.max_grad_norm_factor;
-        factor > 0.0 && self.seen >= Self::WARM && norm > factor * self.usual(config.clip_norm)
+        (factor > 0.0 && self.seen >= Self::WARM).then(|| factor * self.usual(config.clip_norm))
     }
 
-    fn observe(&mut self, norm: f64) {
+    fn exploded(&self, norm: f64, config: &OptimizerConfig) -> bool {
+        self.limit(config).is_some_and(|limit| norm > limit)
+    }
+
+    pub(super) fn observe(&mut self, norm: f64) {
         self.seen += 1;
         // The plain mean until the exponential one has enough to stand on.
         let weight = (1.0 - Self::DECAY).max(1.0 / self.seen as f64);
@@ -73,6 +79,9 @@ pub fn train_step(
     mut carried: Option<&mut Option<State>>,
     lr: f64,
 ) -> Result<StepReport> {
+    if model.device() != Device::Cpu {
+        return on_gpu::train_step(model, optimizer, config, watch, batches, carried, lr);
+    }
     let predicted: usize = batches.iter().map(|batch| batch.predicted).sum();
     let mut report = StepReport { loss: 0.0, grad_norm: 0.0, tokens: 0, predicted };
     let mut gradients: Vec<Option<Tensor>> = Vec::new();
@@ -143,11 +152,7 @@ pub fn train_step(
         return Err(diverged(step, format!("the gradient norm is {norm}"), bad));
     }
     if watch.exploded(norm, config) {
-        let (factor, usual) = (config.max_grad_norm_factor, watch.usual(config.clip_norm));
-        let what = format!(
-            "the gradient norm {norm:.3e} is over {factor} times the usual {usual:.3e} (its average, or clip_norm)"
-        );
-        return Err(diverged(step, what, largest(optimizer, &gradients)));
+        return Err(exploded(step, norm, watch, config, largest(optimizer, &gradients)));
     }
     watch.observe(norm);
     let scale = if config.clip_norm > 0.0 && norm > config.clip_norm {
@@ -157,6 +162,21 @@ pub fn train_step(
     };
     optimizer.step(model, &gradients, lr, scale)?;
     Ok(report)
+}
+
+/// [`Error::Diverged`] for a norm far above what is usual.
+pub(super) fn exploded(
+    step: u64,
+    norm: f64,
+    watch: &NormWatch,
+    config: &OptimizerConfig,
+    largest: Option<String>,
+) -> Error {
+    let (factor, usual) = (config.max_grad_norm_factor, watch.usual(config.clip_norm));
+    let what = format!(
+        "the gradient norm {norm:.3e} is over {factor} times the usual {usual:.3e} (its average, or clip_norm)"
+    );
+    diverged(step, what, largest)
 }
 
 /// [`Error::Diverged`]; the checkpoint is named by who knows it.
@@ -170,7 +190,7 @@ pub(super) fn diverged(step: u64, what: String, first_bad: Option<String>) -> Er
 }
 
 /// The gradient with the largest norm, for an explosion in which all is finite.
-fn largest(optimizer: &AdamW, gradients: &[Option<Tensor>]) -> Option<String> {
+pub(super) fn largest(optimizer: &AdamW, gradients: &[Option<Tensor>]) -> Option<String> {
     let norms = optimizer.names().zip(gradients).filter_map(|(name, gradient)| {
         let values = gradient.as_ref()?.to_vec::<f32>().ok()?;
         let norm = values.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>().sqrt();
