@@ -4,7 +4,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::Error;
-use crate::cuda::{Gpu, GpuId};
+use crate::cuda::libraries::libraries;
+use crate::cuda::{Gpu, GpuError, GpuId};
 
 /// A place for tensors. Operations match on it and refuse, by name, a device that they lack.
 #[non_exhaustive]
@@ -31,7 +32,13 @@ impl Device {
 
     /// The first card that can be used, or else the host and the reason.
     pub fn best() -> (Self, Option<Error>) {
-        match Gpu::open(0) {
+        let usable = || {
+            let gpu = Gpu::open(0)?;
+            libraries().nvrtc.check()?;
+            libraries().cublaslt.check()?;
+            Ok::<Gpu, GpuError>(gpu)
+        };
+        match usable() {
             Ok(gpu) => (Device::Cuda(gpu.id()), None),
             Err(error) => (Device::Cpu, Some(error.into())),
         }

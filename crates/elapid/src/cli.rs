@@ -1,12 +1,15 @@
 //! The arguments of the command line: what exists, what it means, and examples. Each command's arguments
 //! are declared beside its code; this file holds what they share.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use elapid_models::LanguageModel;
 use elapid_tensor::{DType, Device};
 
 use crate::commands::{bench, completions, doctor, forward, generate, inspect, quickstart, train};
+use crate::exit::Usage;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -45,15 +48,80 @@ pub struct Cli {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Machine")]
 pub struct Global {
-    /// Where to compute: cpu, or auto for the best device there is
-    #[arg(long, global = true, value_name = "DEVICE", default_value = "auto", value_parser = device)]
-    pub device: Device,
-    /// Number type to compute in: f32 on the CPU
-    #[arg(long, global = true, value_name = "TYPE", default_value = "f32", value_parser = dtype)]
-    pub dtype: DType,
+    /// Where to compute: cpu, cuda, cuda:N, or auto for the first GPU that can be used [default: auto]
+    #[arg(long, global = true, value_name = "DEVICE", value_parser = choice)]
+    pub device: Option<Choice>,
+    /// Number type of products: f32, or bf16 on a GPU [default: f32]
+    #[arg(long, global = true, value_name = "TYPE", value_parser = dtype)]
+    pub dtype: Option<DType>,
     /// CPU threads [default: one per core]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
+}
+
+/// What `--device` names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Choice {
+    /// The first GPU that can be used, or else the host.
+    Auto,
+    /// This one.
+    Device(Device),
+}
+
+/// Where a command computes, and in what type.
+#[derive(Debug, Clone)]
+pub struct Placement {
+    /// The device.
+    pub device: Device,
+    /// The type of products.
+    pub dtype: DType,
+    /// Why there is no GPU, where one was looked for.
+    pub reason: Option<String>,
+}
+
+impl Global {
+    /// The device and type that were asked for.
+    ///
+    /// # Errors
+    /// If the device cannot be used, or does not compute in the type.
+    pub fn placement(&self) -> anyhow::Result<Placement> {
+        let (device, reason) = match self.device {
+            None | Some(Choice::Auto) => Device::best(),
+            Some(Choice::Device(device)) => {
+                device.gpu()?;
+                (device, None)
+            }
+        };
+        let dtype = self.dtype.unwrap_or(DType::F32);
+        if device == Device::Cpu && dtype != DType::F32 {
+            let message = format!(
+                "--dtype {dtype}: the CPU computes in f32{}",
+                reason.as_ref().map_or(String::new(), |reason| format!(" (no GPU: {reason})"))
+            );
+            return Err(Usage::new(message).into());
+        }
+        Ok(Placement { device, dtype, reason: reason.map(|reason| reason.to_string()) })
+    }
+}
+
+impl Placement {
+    /// Moves a model there.
+    ///
+    /// # Errors
+    /// If the device is full or fails.
+    pub fn place(&self, model: &mut LanguageModel) -> anyhow::Result<()> {
+        Ok(model.place(self.device, self.dtype)?)
+    }
+}
+
+impl fmt::Display for Placement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} in {}", self.device, self.dtype)?;
+        match &self.reason {
+            Some(reason) => write!(f, " (no GPU: {reason})"),
+            None => Ok(()),
+        }
+    }
 }
 
 /// The commands.
@@ -93,18 +161,18 @@ pub struct JsonArgument {
     pub json: bool,
 }
 
-fn device(text: &str) -> Result<Device, String> {
-    if text == "cuda" || text.starts_with("cuda:") {
-        return Err("this version computes on the CPU only: use cpu or auto".into());
+fn choice(text: &str) -> Result<Choice, String> {
+    if text == "auto" {
+        return Ok(Choice::Auto);
     }
-    text.parse::<Device>().map_err(|error| error.to_string())
+    text.parse::<Device>().map(Choice::Device).map_err(|error| error.to_string())
 }
 
 fn dtype(text: &str) -> Result<DType, String> {
     match text.parse::<DType>().map_err(|error| error.to_string())? {
-        DType::F32 => Ok(DType::F32),
+        dtype @ (DType::F32 | DType::BF16) => Ok(dtype),
         other => Err(format!(
-            "the CPU computes in f32, not {other}; weights stored as bf16 or f16 are widened on loading"
+            "computes in f32 or, on a GPU, bf16, not {other}; weights of other types are converted on loading"
         )),
     }
 }

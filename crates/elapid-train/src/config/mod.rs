@@ -26,7 +26,7 @@ use toml::{Table, Value};
 pub use data::{DataConfig, Packing, SyntheticConfig, SyntheticTask};
 pub use model::{DtRank, ModelConfig};
 pub use train::{
-    LogConfig, OptimizerConfig, ProgressMode, ScheduleConfig, ScheduleKind, TrainConfig,
+    Compute, LogConfig, OptimizerConfig, ProgressMode, ScheduleConfig, ScheduleKind, TrainConfig,
 };
 
 use crate::error::{Error, Place, Result};

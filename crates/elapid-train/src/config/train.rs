@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use elapid_tensor::{DType, Device};
 use serde::{Deserialize, Serialize};
 
 use super::check::Check;
@@ -25,6 +26,11 @@ pub struct TrainConfig {
     pub accumulation: usize,
     /// Seed of initialisation, shuffling and every other draw.
     pub seed: u64,
+    /// Where to train: "cpu", "cuda", "cuda:1", or "auto" for the first GPU that can be used (the command line's
+    /// default; otherwise "cpu").
+    pub device: Option<String>,
+    /// Number type of the products: "f32", or on a GPU "bf16". Parameters, norms, scans and the loss stay f32.
+    pub dtype: Compute,
     /// CPU threads; 0 takes all cores. The same seed and thread count give the same bits.
     pub threads: usize,
     /// Steps between validations; 0 validates at the end only.
@@ -55,6 +61,8 @@ impl Default for TrainConfig {
             batch_tokens: None,
             accumulation: 1,
             seed: 0,
+            device: None,
+            dtype: Compute::F32,
             threads: 0,
             validation_every: 250,
             validation_tokens: 1 << 18,
@@ -103,11 +111,36 @@ impl TrainConfig {
         // TOML's integers are signed: a larger seed could not be written back.
         let writable = i64::try_from(self.seed).is_ok();
         check.that(writable, "train.seed", "a whole number from 0 to 2^63 - 1", self.seed)?;
+        if let Some(device) = &self.device {
+            // `auto` would look for a GPU here already.
+            let known = device == "auto" || device.parse::<Device>().is_ok();
+            check.that(known, "train.device", "cpu, cuda, cuda:N or auto", device)?;
+        }
         check.whole("train.threads", self.threads, 0, 4096)?;
         check.whole("train.sample_tokens", self.sample_tokens, 1, 1 << 24)?;
         check.whole("train.keep_last", self.keep_last, 1, 1 << 20)?;
         let named = !self.out.as_os_str().is_empty();
         check.that(named, "train.out", "a folder", "\"\"")
+    }
+}
+
+/// Number type of the products of a training step.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compute {
+    /// Single precision.
+    #[default]
+    F32,
+    /// bfloat16, on GPUs.
+    Bf16,
+}
+
+impl From<Compute> for DType {
+    fn from(compute: Compute) -> Self {
+        match compute {
+            Compute::F32 => DType::F32,
+            Compute::Bf16 => DType::BF16,
+        }
     }
 }
 

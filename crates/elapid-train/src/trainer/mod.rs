@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use elapid_data::Batch;
 use elapid_models::{LanguageModel, MambaConfig, State};
-use elapid_tensor::Tensor;
+use elapid_tensor::{DType, Device, Tensor};
 use serde_json::Value;
 
 pub(crate) use on_gpu::GpuStep;
@@ -112,6 +112,7 @@ impl Trainer {
             None => LanguageModel::new(&config.model.mamba()?, config.train.seed)?,
         };
         check_vocabulary(model.config(), &dataset)?;
+        place(&mut model, &config)?;
         let schedule = schedule(&config, &dataset)?;
         let optimizer = AdamW::new(&config.optimizer, &mut model)?;
         Ok(Self {
@@ -144,6 +145,7 @@ impl Trainer {
         checkpoint::check_config(&found.config, &config, &found.path)?;
         let mut model = found.model;
         check_vocabulary(model.config(), &dataset)?;
+        place(&mut model, &config)?;
         let schedule = schedule(&config, &dataset)?;
         let mut optimizer = AdamW::new(&config.optimizer, &mut model)?;
         let mut tensors = found.tensors;
@@ -360,6 +362,24 @@ struct Live {
     events: Option<EventWriter>,
     progress: Progress,
     feed: Feed,
+}
+
+/// Moves the model to where the run's configuration says.
+fn place(model: &mut LanguageModel, config: &RunConfig) -> Result<()> {
+    let device = match &config.train.device {
+        Some(device) => device.parse::<Device>()?,
+        None => Device::Cpu,
+    };
+    let compute = DType::from(config.train.dtype);
+    if device == Device::Cpu && compute != DType::F32 {
+        return Err(Error::BadValue {
+            place: Place::Nowhere,
+            key: "train.dtype".into(),
+            expected: "f32 on cpu (bf16 is for GPUs: --device cuda)".into(),
+            found: compute.to_string(),
+        });
+    }
+    Ok(model.place(device, compute)?)
 }
 
 fn check_vocabulary(model: &MambaConfig, dataset: &Dataset) -> Result<()> {

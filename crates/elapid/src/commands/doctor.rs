@@ -40,8 +40,8 @@ pub struct Arguments {
 #[derive(Debug, Serialize)]
 struct Report {
     version: &'static str,
+    /// Where commands compute, in what type, and why not on a GPU.
     device: String,
-    dtype: String,
     threads: usize,
     machine: Machine,
     gpus: Gpus,
@@ -59,6 +59,7 @@ struct Model {
 
 /// Checks and reports.
 pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
+    let placement = global.placement()?;
     let checks = self_check::run()?;
     let model = match &arguments.model {
         Some(path) => Some(check_model(path)?),
@@ -68,8 +69,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
         checks.iter().all(|check| check.passed) && model.as_ref().is_none_or(|m| m.logits_finite);
     let report = Report {
         version: env!("CARGO_PKG_VERSION"),
-        device: global.device.to_string(),
-        dtype: global.dtype.to_string(),
+        device: placement.to_string(),
         threads: rayon::current_num_threads(),
         machine: Machine::this(),
         gpus: Gpus::find(),
@@ -127,7 +127,7 @@ fn table(report: &Report) -> Table {
         "memory",
         format!("{}, {} free", memory(machine.memory_bytes), memory(machine.free_bytes)),
     );
-    table.row("device", format!("{}, computes in {}", report.device, report.dtype));
+    table.row("computes", format!("on {}", report.device));
     report.gpus.rows(&mut table);
     for check in &report.checks {
         let verdict = if check.passed { "ok" } else { "FAILED" };

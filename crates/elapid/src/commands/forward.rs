@@ -14,7 +14,7 @@ use elapid_tensor::Tensor;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use crate::cli::{JsonArgument, ModelArgument};
+use crate::cli::{Global, JsonArgument, ModelArgument};
 use crate::exit::Usage;
 use crate::model_folder;
 use crate::output::{grouped, print_json, rate};
@@ -64,10 +64,12 @@ enum Tokens {
 }
 
 /// Runs the model over the tokens.
-pub fn run(arguments: &Arguments) -> Result<()> {
+pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
+    let placement = global.placement()?;
     let sequences = read_tokens(&arguments.tokens)?;
     let (mut model, _) = model_folder::load(&arguments.model.model)?;
     let fingerprint = Fingerprint::of_model(&mut model)?;
+    placement.place(&mut model)?;
     let state = match &arguments.state_in {
         Some(path) => Some(load_state(path, &model, &fingerprint)?),
         None => None,
@@ -102,16 +104,19 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             "sequences": sequences.len(),
             "vocabulary": vocabulary,
             "seconds": seconds,
+            "device": placement.device.to_string(),
+            "dtype": placement.dtype.to_string(),
         }));
     }
     eprintln!(
-        "wrote logits [{tokens}, {vocabulary}] and the states of {} to {} · {} tokens/s",
+        "wrote logits [{tokens}, {vocabulary}] and the states of {} to {} · {} tokens/s on {}",
         match sequences.len() {
             1 => "1 sequence".into(),
             count => format!("{} sequences", grouped(count as u64)),
         },
         arguments.out.display(),
-        rate(tokens as f64 / seconds.max(1e-9))
+        rate(tokens as f64 / seconds.max(1e-9)),
+        placement.device
     );
     Ok(())
 }

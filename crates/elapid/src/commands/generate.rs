@@ -14,7 +14,7 @@ use elapid_infer::{
 use elapid_models::{LanguageModel, State};
 use serde::Serialize;
 
-use crate::cli::{JsonArgument, ModelArgument};
+use crate::cli::{Global, JsonArgument, ModelArgument, Placement};
 use crate::exit::Usage;
 use crate::model_folder;
 use crate::output::{grouped, print_json, rate};
@@ -114,6 +114,8 @@ struct Report<'a> {
     text: Option<&'a str>,
     finish: Finish,
     seed: u64,
+    device: String,
+    dtype: String,
     prefill_seconds: f64,
     prefill_tokens_per_second: f64,
     decode_seconds: f64,
@@ -121,7 +123,7 @@ struct Report<'a> {
 }
 
 /// Generates.
-pub fn run(arguments: &Arguments) -> Result<()> {
+pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     let options = Options {
         sampling: arguments.sampling.sampling(),
         max_tokens: arguments.max_tokens,
@@ -131,6 +133,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     options.sampling.validate().map_err(as_option)?;
     elapid_infer::StopStrings::new(&options.stop).map_err(as_option)?;
 
+    let placement = global.placement()?;
     let (mut model, folder) = model_folder::load(&arguments.model.model)?;
     let vocabulary = Vocabulary::of(model.config());
     let prompt = prompt(arguments, vocabulary, model.config().vocab_size)?;
@@ -138,6 +141,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         (None, None) => None,
         _ => Some(Fingerprint::of_model(&mut model)?),
     };
+    placement.place(&mut model)?;
     let state = match (&arguments.state_in, &fingerprint) {
         (Some(path), Some(fingerprint)) => Some(read_state(path, &model, fingerprint)?),
         _ => None,
@@ -176,13 +180,15 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             text: (vocabulary == Vocabulary::Bytes).then_some(generated.text.as_str()),
             finish: generated.finish,
             seed,
+            device: placement.device.to_string(),
+            dtype: placement.dtype.to_string(),
             prefill_seconds: timing.prefill.as_secs_f64(),
             prefill_tokens_per_second: timing.prefill_rate(),
             decode_seconds: timing.decode.as_secs_f64(),
             decode_tokens_per_second: timing.decode_rate(),
         });
     }
-    summarise(generated, &generation.timing, seed);
+    summarise(generated, &generation.timing, seed, &placement);
     Ok(())
 }
 
@@ -295,7 +301,7 @@ impl Writer {
     }
 }
 
-fn summarise(generated: &Generated, timing: &Timing, seed: u64) {
+fn summarise(generated: &Generated, timing: &Timing, seed: u64, placement: &Placement) {
     let finish = match generated.finish {
         Finish::Length => "length reached",
         Finish::Stop => "stop string found",
@@ -311,7 +317,7 @@ fn summarise(generated: &Generated, timing: &Timing, seed: u64) {
     if timing.decode_tokens > 0 {
         line += &format!(" at {} tokens/s", rate(timing.decode_rate()));
     }
-    let _ = writeln!(io::stderr(), "{line} · {finish} · seed {seed}");
+    let _ = writeln!(io::stderr(), "{line} · {finish} · seed {seed} · {}", placement.device);
 }
 
 /// An option error of the library under the option's name on the command line.

@@ -22,10 +22,10 @@ pub fn run(cli: Cli) -> Result<()> {
             .context("cannot start the worker threads")?;
     }
     match cli.command {
-        Command::Quickstart(arguments) => quickstart::run(&arguments),
+        Command::Quickstart(arguments) => quickstart::run(&arguments, &cli.global),
         Command::Train(arguments) => train::run(&arguments, &cli.global),
-        Command::Generate(arguments) => generate::run(&arguments),
-        Command::Forward(arguments) => forward::run(&arguments),
+        Command::Generate(arguments) => generate::run(&arguments, &cli.global),
+        Command::Forward(arguments) => forward::run(&arguments, &cli.global),
         Command::Inspect(arguments) => inspect::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments, &cli.global),

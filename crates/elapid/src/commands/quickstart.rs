@@ -15,8 +15,8 @@ use elapid_train::plot::Reference;
 use elapid_train::trainer::{Outcome, Trainer};
 use serde_json::json;
 
-use super::train::{describe, how_to_go_on, sample_text, speed, train};
-use crate::cli::JsonArgument;
+use super::train::{describe, how_to_go_on, placed, sample_text, speed, train};
+use crate::cli::{Global, JsonArgument};
 use crate::exit::Usage;
 use crate::output::{Table, bytes, grouped, print_json};
 
@@ -53,12 +53,13 @@ pub struct Arguments {
 }
 
 /// Runs the command.
-pub fn run(arguments: &Arguments) -> Result<()> {
-    let config = configure(arguments)?;
+pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
+    let mut config = configure(arguments)?;
+    let placement = placed(&mut config, global)?;
     let dataset = Dataset::open(&config)?;
     let baselines = Baselines::measure(&dataset)?;
     let mut trainer = Trainer::start(config, dataset)?;
-    eprint!("{}", describe(&trainer));
+    eprint!("{}", describe(&trainer, &placement));
 
     let outcome = train(&mut trainer, baselines.references(), false)?;
     let out = trainer.config().train.out.clone();

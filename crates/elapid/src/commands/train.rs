@@ -7,13 +7,14 @@ use anyhow::{Context, Result};
 use clap::Args;
 use elapid_infer::{Options, Request, Sampling, Vocabulary, generate};
 use elapid_models::LanguageModel;
-use elapid_train::config::RunConfig;
+use elapid_tensor::DType;
+use elapid_train::config::{Compute, RunConfig};
 use elapid_train::plot::Reference;
 use elapid_train::trainer::{Hooks, Outcome, Trainer};
 use elapid_train::{Dataset, progress};
 use serde_json::json;
 
-use crate::cli::{Global, JsonArgument};
+use crate::cli::{Choice, Global, JsonArgument, Placement};
 use crate::exit::Usage;
 use crate::interrupt;
 use crate::output::{Table, bytes, grouped, print_json, rate};
@@ -25,6 +26,7 @@ Examples:
   elapid train configs/bytes-small.toml --resume        go on after Ctrl-C, a crash or a kill
   elapid train runs/mine/config.toml --resume --set train.steps=20000
   elapid train configs/induction-heads-small.toml       a task of the Mamba paper
+  elapid train configs/bytes-small.toml --device cuda --dtype bf16   on a GPU
 
 Ctrl-C saves a checkpoint and stops. A resumed run ends with the same bits as an uninterrupted one.";
 
@@ -53,7 +55,8 @@ pub struct Arguments {
 
 /// Runs the command.
 pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
-    let config = RunConfig::load(&arguments.config, &arguments.overrides)?;
+    let mut config = RunConfig::load(&arguments.config, &arguments.overrides)?;
+    let placement = placed(&mut config, global)?;
     if global.threads.is_none() && config.train.threads > 0 {
         rayon::ThreadPoolBuilder::new()
             .num_threads(config.train.threads)
@@ -67,7 +70,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
         Trainer::start(config, dataset)?
     };
     if !arguments.quiet {
-        eprint!("{}", describe(&trainer));
+        eprint!("{}", describe(&trainer, &placement));
     }
     if arguments.dry_run {
         if arguments.json.json {
@@ -94,6 +97,24 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Settles where a run computes: as the command line says, or else the configuration, or else on the first GPU.
+///
+/// # Errors
+/// If the device cannot be used, or does not compute in the type.
+pub fn placed(config: &mut RunConfig, global: &Global) -> Result<Placement> {
+    let mut global = global.clone();
+    if global.device.is_none()
+        && let Some(device) = config.train.device.as_deref().filter(|&device| device != "auto")
+    {
+        global.device = Some(Choice::Device(device.parse()?));
+    }
+    let asked = global.dtype.get_or_insert(config.train.dtype.into());
+    config.train.dtype = if *asked == DType::BF16 { Compute::Bf16 } else { Compute::F32 };
+    let placement = global.placement()?;
+    config.train.device = Some(placement.device.to_string());
+    Ok(placement)
 }
 
 /// Trains with Ctrl-C watched and samples made by the generator.
@@ -147,7 +168,7 @@ pub fn how_to_go_on(trainer: &Trainer, outcome: &Outcome) -> String {
 }
 
 /// What is about to be trained, for people.
-pub fn describe(trainer: &Trainer) -> String {
+pub fn describe(trainer: &Trainer, placement: &Placement) -> String {
     let (done, steps) = trainer.steps();
     let config = trainer.config();
     let model = trainer.model().config();
@@ -181,6 +202,7 @@ pub fn describe(trainer: &Trainer) -> String {
             }
         ),
     );
+    table.row("device", placement.to_string());
     table.row("threads", rayon::current_num_threads().to_string());
     table.row("folder", config.train.out.display().to_string());
     table.to_string()
@@ -204,6 +226,8 @@ fn plan(trainer: &Trainer) -> serde_json::Value {
         "tokens_per_step": config.tokens_per_batch() * config.train.accumulation,
         "train_bytes": train_bytes,
         "validation_bytes": validation_bytes,
+        "device": config.train.device,
+        "dtype": DType::from(config.train.dtype).to_string(),
         "threads": rayon::current_num_threads(),
     })
 }
@@ -226,6 +250,8 @@ fn summary(trainer: &Trainer, outcome: &Outcome) -> serde_json::Value {
                 .collect::<Vec<_>>(),
         })),
         "peak_memory_bytes": elapid_train::metrics::memory::peak_memory_bytes(),
+        "device": trainer.config().train.device,
+        "dtype": DType::from(trainer.config().train.dtype).to_string(),
         "threads": rayon::current_num_threads(),
     })
 }
