@@ -1,10 +1,10 @@
-//! What the launches of GPU kernels share: element types, rows of device memory, sequences in device memory, the
-//! reading of small results in tests.
+//! What the launches of GPU kernels share: element types, tensors for results, rows of device memory, sequences in
+//! device memory.
 
 use std::sync::Arc;
 
 use elapid_tensor::cuda::{DeviceBuffer, DeviceSlice, Gpu, GpuError, Result};
-use elapid_tensor::{Device, Element, Sequences, Tensor, bf16};
+use elapid_tensor::{DType, Device, Element, Error, Sequences, Shape, Tensor, bf16};
 
 /// Element types that kernels are compiled for.
 pub trait GpuElement: Element {
@@ -18,6 +18,58 @@ impl GpuElement for f32 {
 
 impl GpuElement for bf16 {
     const CUDA: &'static str = "bf16";
+}
+
+/// Runs an expression with `$T` bound to the element type of a tensor on a GPU.
+macro_rules! with_gpu_element {
+    ($op:expr, $tensor:expr, $T:ident => $body:expr) => {
+        match $tensor.dtype() {
+            elapid_tensor::DType::F32 => {
+                type $T = f32;
+                $body
+            }
+            elapid_tensor::DType::BF16 => {
+                type $T = elapid_tensor::bf16;
+                $body
+            }
+            _ => Err($tensor.unsupported($op)),
+        }
+    };
+}
+pub(crate) use with_gpu_element;
+
+/// The name, in a kernel's text, of the type of a tensor's elements.
+///
+/// # Errors
+/// If kernels are not compiled for it.
+pub(crate) fn kernel_type(
+    op: &'static str,
+    tensor: &Tensor,
+) -> elapid_tensor::Result<&'static str> {
+    with_gpu_element!(op, tensor, T => Ok(T::CUDA))
+}
+
+/// A tensor of arbitrary values, f32 or bf16, for a kernel that writes all of them.
+///
+/// # Errors
+/// If there is no memory, or the type is another.
+pub(crate) fn scratch_tensor(
+    gpu: &Gpu,
+    op: &'static str,
+    dtype: DType,
+    shape: Shape,
+) -> elapid_tensor::Result<Tensor> {
+    match dtype {
+        DType::F32 => Tensor::from_device(gpu.scratch::<f32>(shape.elements())?, shape),
+        DType::BF16 => Tensor::from_device(gpu.scratch::<bf16>(shape.elements())?, shape),
+        _ => Err(Error::Unsupported { op, device: Device::Cuda(gpu.id()), dtype }),
+    }
+}
+
+/// Blocks along x for a kernel whose blocks go round until all is done: as many as asked for, up to some for each
+/// multiprocessor.
+pub(crate) fn linear_blocks(gpu: &Gpu, wanted: usize) -> u32 {
+    wanted.min(16 * gpu.multiprocessors()) as u32
 }
 
 /// Rows of device memory, `stride` elements apart, the first at element `first`.
@@ -164,24 +216,6 @@ impl DeviceSequences {
     }
 }
 
-/// Runs an expression with `$T` bound to the element type of a tensor on a GPU.
-macro_rules! with_gpu_element {
-    ($op:expr, $tensor:expr, $T:ident => $body:expr) => {
-        match $tensor.dtype() {
-            elapid_tensor::DType::F32 => {
-                type $T = f32;
-                $body
-            }
-            elapid_tensor::DType::BF16 => {
-                type $T = elapid_tensor::bf16;
-                $body
-            }
-            _ => Err($tensor.unsupported($op)),
-        }
-    };
-}
-pub(crate) use with_gpu_element;
-
 /// The tensor without a place in the graph, copied if anything but its rows lies apart.
 pub(crate) fn by_rows(tensor: &Tensor) -> elapid_tensor::Result<Tensor> {
     let tensor = tensor.detach();
@@ -212,7 +246,7 @@ pub(crate) fn expect(
     name: &str,
     tensor: &Tensor,
     gpu: &Gpu,
-    dtype: elapid_tensor::DType,
+    dtype: DType,
 ) -> elapid_tensor::Result<()> {
     tensor.expect_device(op, name, Device::Cuda(gpu.id()))?;
     tensor.expect_dtype(op, name, dtype)

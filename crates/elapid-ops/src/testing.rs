@@ -96,6 +96,27 @@ pub(crate) fn gpus() -> Vec<elapid_tensor::cuda::Gpu> {
         .collect()
 }
 
+/// The host and the GPUs of [`gpus`], for tests that are the same everywhere.
+pub(crate) fn devices() -> Vec<elapid_tensor::Device> {
+    use elapid_tensor::Device;
+    static FOUND: std::sync::OnceLock<Vec<Device>> = std::sync::OnceLock::new();
+    let found = || {
+        let gpus = gpus().into_iter().map(|gpu| Device::Cuda(gpu.id()));
+        std::iter::once(Device::Cpu).chain(gpus).collect()
+    };
+    FOUND.get_or_init(found).clone()
+}
+
+/// [`random_tensor`] rounded to a type, on a device.
+pub(crate) fn random_on(
+    device: elapid_tensor::Device,
+    dtype: elapid_tensor::DType,
+    seed: u64,
+    shape: impl Into<Shape>,
+) -> Tensor {
+    random_tensor(seed, shape).cast(dtype).unwrap().to(device).unwrap()
+}
+
 /// Values of an element type as f64, and back from f64.
 pub(crate) fn to_element<T: elapid_tensor::Element>(values: &[f32]) -> Vec<T> {
     values.iter().map(|&value| T::from_f64(f64::from(value))).collect()

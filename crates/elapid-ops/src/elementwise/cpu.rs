@@ -4,6 +4,7 @@
 use elapid_tensor::{Buffer, DType, Result, Shape, Tensor};
 use pulp::{Simd, WithSimd};
 
+use super::cuda::Function;
 use super::reference;
 use super::walk::{Walk, for_each_block};
 use crate::simd::{self, Lanewise, LanewisePair, dispatch, load, store};
@@ -12,12 +13,18 @@ use crate::simd::{self, Lanewise, LanewisePair, dispatch, load, store};
 pub(super) trait Unary: Lanewise {
     /// The function in f64.
     fn exact(self, x: f64) -> f64;
+
+    /// The function on a GPU, and its factor.
+    fn on_gpu(self) -> (Function, f64);
 }
 
 /// A function of two values.
 pub(super) trait Binary: LanewisePair {
     /// The function in f64.
     fn exact(self, x: f64, y: f64) -> f64;
+
+    /// The function on a GPU.
+    fn on_gpu(self) -> Function;
 }
 
 macro_rules! unary {
@@ -31,6 +38,7 @@ macro_rules! unary {
         }
         impl Unary for $name {
             fn exact(self, x: f64) -> f64 { $exact(x) }
+            fn on_gpu(self) -> (Function, f64) { (Function::$name, 1.0) }
         }
     )*};
 }
@@ -67,6 +75,10 @@ impl Unary for Scale {
     fn exact(self, x: f64) -> f64 {
         self.0 * x
     }
+
+    fn on_gpu(self) -> (Function, f64) {
+        (Function::Scale, self.0)
+    }
 }
 
 macro_rules! binary {
@@ -80,6 +92,7 @@ macro_rules! binary {
         }
         impl Binary for $name {
             fn exact(self, x: f64, y: f64) -> f64 { $exact(x, y) }
+            fn on_gpu(self) -> Function { Function::$name }
         }
     )*};
 }

@@ -1,18 +1,21 @@
 //! Elementwise operations against their f64 definitions, with broadcasting, strides and gradients.
 
 use elapid_tensor::autograd::backward;
-use elapid_tensor::{Result, Shape, Tensor};
+use elapid_tensor::{DType, Device, Result, Shape, Tensor};
 use proptest::prelude::*;
 
 use super::*;
-use crate::testing::{check_gradient, close, close_tensor, dot, random_tensor, same_bits, widen};
+use crate::testing::{
+    check_gradient, close, close_tensor, devices, dot, finite_differences, random_tensor,
+    same_bits, widen,
+};
 
-type Function = fn(&Tensor) -> Result<Tensor>;
-type Exact = fn(f64) -> f64;
+pub(super) type Function = fn(&Tensor) -> Result<Tensor>;
+pub(super) type Exact = fn(f64) -> f64;
 type Pair = fn(&Tensor, &Tensor) -> Result<Tensor>;
 type ExactPair = fn(f64, f64) -> f64;
 
-const UNARY: [(&str, Function, Exact); 7] = [
+pub(super) const UNARY: [(&str, Function, Exact); 7] = [
     ("neg", neg, |x| -x),
     ("exp", exp, f64::exp),
     ("neg_exp", neg_exp, |x| -x.exp()),
@@ -49,9 +52,16 @@ fn unary_functions_agree_with_their_definitions() {
             let x = scale(&random_tensor(length as u64, [length]), 25.0).unwrap();
             let want: Vec<f64> =
                 x.to_f64_vec().unwrap().iter().map(|&x| exact(x as f32 as f64)).collect();
-            let got = function(&x).unwrap().to_f64_vec().unwrap();
-            for (i, (got, want)) in got.iter().zip(&want).enumerate() {
-                assert!((got - want).abs() <= 4e-7 * want.abs(), "{name}[{i}]: {got}, not {want}");
+            for device in devices() {
+                let limit = if device == Device::Cpu { 4e-7 } else { 6e-7 };
+                let got = function(&x.to(device).unwrap()).unwrap();
+                assert_eq!(got.device(), device);
+                for (i, (got, want)) in got.to_f64_vec().unwrap().iter().zip(&want).enumerate() {
+                    assert!(
+                        (got - want).abs() <= limit * want.abs(),
+                        "{name}[{i}] on {device}: {got}, not {want}"
+                    );
+                }
             }
         }
     }
@@ -64,34 +74,38 @@ fn unary_gradients_agree_with_finite_differences() {
     for (name, function, exact) in UNARY {
         for wide in [1.0, 8.0] {
             // In f64, the tensors themselves run the definitions.
-            let x =
-                scale(&x, wide).unwrap().cast(elapid_tensor::DType::F64).unwrap().requires_grad();
-            let dy = dy.cast(elapid_tensor::DType::F64).unwrap();
+            let x = scale(&x, wide).unwrap().cast(DType::F64).unwrap().requires_grad();
+            let dy = dy.cast(DType::F64).unwrap();
             let y = function(&x).unwrap();
             let dx = backward(&[(&y, Some(dy.clone()))], &[&x]).unwrap().remove(0).unwrap();
             let dy = dy.to_vec::<f64>().unwrap();
             check_gradient(name, &dx.to_vec::<f64>().unwrap(), &x.to_vec::<f64>().unwrap(), |x| {
                 dot(&x.iter().map(|&x| exact(x)).collect::<Vec<_>>(), &dy)
             });
-            let narrow = x.detach().cast(elapid_tensor::DType::F32).unwrap().requires_grad();
-            let y = function(&narrow).unwrap();
-            let dy = random_tensor(2, [4, 9]);
-            let fast = backward(&[(&y, Some(dy))], &[&narrow]).unwrap().remove(0).unwrap();
-            close_tensor(name, &fast, &dx.to_vec::<f64>().unwrap(), 1e-6);
+            for device in devices() {
+                let narrow = x.detach().cast(DType::F32).unwrap().to(device).unwrap();
+                let narrow = narrow.requires_grad();
+                let y = function(&narrow).unwrap();
+                let dy = random_tensor(2, [4, 9]).to(device).unwrap();
+                let fast = backward(&[(&y, Some(dy))], &[&narrow]).unwrap().remove(0).unwrap();
+                close_tensor(name, &fast, &dx.to_vec::<f64>().unwrap(), 1e-6);
+            }
         }
     }
 }
 
 #[test]
 fn a_view_with_gaps_gives_the_bits_of_its_copy() {
-    let whole = random_tensor(3, [37, 50, 3]);
-    let views = [
-        whole.narrow(1, 5, 20).unwrap(),
-        whole.transpose(0, 1).unwrap(),
-        whole.transpose(0, 2).unwrap().narrow(2, 3, 9).unwrap(),
-        whole.narrow(0, 3, 1).unwrap(),
-    ];
-    for view in &views {
+    let views = devices().into_iter().flat_map(|device| {
+        let whole = random_tensor(3, [37, 50, 3]).to(device).unwrap();
+        [
+            whole.narrow(1, 5, 20).unwrap(),
+            whole.transpose(0, 1).unwrap(),
+            whole.transpose(0, 2).unwrap().narrow(2, 3, 9).unwrap(),
+            whole.narrow(0, 3, 1).unwrap(),
+        ]
+    });
+    for view in &views.collect::<Vec<_>>() {
         let copy = view.contiguous().unwrap();
         for (name, function, _) in UNARY {
             same_bits(name, &function(view).unwrap(), &function(&copy).unwrap());
@@ -103,13 +117,15 @@ fn a_view_with_gaps_gives_the_bits_of_its_copy() {
 
 #[test]
 fn rows_alone_have_the_bits_of_the_batch() {
-    let (x, y) = (random_tensor(4, [700, 45]), random_tensor(5, [700, 45]));
-    let gate = random_tensor(6, [45]);
-    let whole = mul(&silu(&x).unwrap(), &add(&y, &gate).unwrap()).unwrap();
-    for row in [0, 1, 333, 699] {
-        let of = |t: &Tensor| t.narrow(0, row, 1).unwrap();
-        let alone = mul(&silu(&of(&x)).unwrap(), &add(&of(&y), &gate).unwrap()).unwrap();
-        same_bits("row", &alone, &of(&whole).contiguous().unwrap());
+    for device in devices() {
+        let random = |seed, shape: &[usize]| random_tensor(seed, shape).to(device).unwrap();
+        let (x, y, gate) = (random(4, &[700, 45]), random(5, &[700, 45]), random(6, &[45]));
+        let whole = mul(&silu(&x).unwrap(), &add(&y, &gate).unwrap()).unwrap();
+        for row in [0, 1, 333, 699] {
+            let of = |t: &Tensor| t.narrow(0, row, 1).unwrap();
+            let alone = mul(&silu(&of(&x)).unwrap(), &add(&of(&y), &gate).unwrap()).unwrap();
+            same_bits("row", &alone, &of(&whole).contiguous().unwrap());
+        }
     }
 }
 
@@ -147,7 +163,9 @@ proptest! {
     fn broadcast_arithmetic_and_its_gradients((a_dims, b_dims) in shapes(), seed in 0u64..1000) {
         let shape = broadcast_shape(&a_dims, &b_dims).unwrap();
         let (a, b) = (random_tensor(seed, &a_dims[..]), random_tensor(seed + 1, &b_dims[..]));
-        let dy = random_tensor(seed + 2, shape);
+        let given = random_tensor(seed + 2, shape);
+        let dy = widen(&given.to_vec::<f32>().unwrap());
+        let wide = |t: &Tensor| t.to_f64_vec().unwrap();
         let exact: [(&str, Pair, ExactPair); 3] =
             [("add", add, |a, b| a + b), ("sub", sub, |a, b| a - b), ("mul", mul, |a, b| a * b)];
         for (name, function, exact) in exact {
@@ -155,19 +173,20 @@ proptest! {
                 let (a, b) = (repeated(a, &a_dims, &shape), repeated(b, &b_dims, &shape));
                 a.iter().zip(&b).map(|(&a, &b)| exact(a, b)).collect()
             };
-            let (a, b) = (a.requires_grad(), b.requires_grad());
-            let y = function(&a, &b).unwrap();
-            prop_assert_eq!(y.shape(), shape);
-            let wide = |t: &Tensor| t.to_f64_vec().unwrap();
-            close_tensor(name, &y, &forward(&wide(&a), &wide(&b)), 1e-6);
-            let grads = backward(&[(&y, Some(dy.clone()))], &[&a, &b]).unwrap();
-            let dy = widen(&dy.to_vec::<f32>().unwrap());
-            let (da, db) = (grads[0].as_ref().unwrap(), grads[1].as_ref().unwrap());
-            prop_assert_eq!((da.shape(), db.shape()), (a.shape(), b.shape()));
-            let by_a = crate::testing::finite_differences(&wide(&a), |a| dot(&forward(a, &wide(&b)), &dy));
-            let by_b = crate::testing::finite_differences(&wide(&b), |b| dot(&forward(&wide(&a), b), &dy));
-            close(name, &wide(da), &by_a, 2e-6);
-            close(name, &wide(db), &by_b, 2e-6);
+            let by_a = finite_differences(&wide(&a), |a| dot(&forward(a, &wide(&b)), &dy));
+            let by_b = finite_differences(&wide(&b), |b| dot(&forward(&wide(&a), b), &dy));
+            for device in devices() {
+                let leaf = |t: &Tensor| t.to(device).unwrap().requires_grad();
+                let (a, b, given) = (leaf(&a), leaf(&b), given.to(device).unwrap());
+                let y = function(&a, &b).unwrap();
+                prop_assert_eq!(y.shape(), shape);
+                close_tensor(name, &y, &forward(&wide(&a), &wide(&b)), 1e-6);
+                let grads = backward(&[(&y, Some(given))], &[&a, &b]).unwrap();
+                let (da, db) = (grads[0].as_ref().unwrap(), grads[1].as_ref().unwrap());
+                prop_assert_eq!((da.shape(), db.shape()), (a.shape(), b.shape()));
+                close(name, &wide(da), &by_a, 2e-6);
+                close(name, &wide(db), &by_b, 2e-6);
+            }
         }
     }
 }

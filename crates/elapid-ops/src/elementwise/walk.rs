@@ -43,9 +43,12 @@ fn broadcast_strides(tensor: &Tensor, shape: &[usize]) -> [usize; MAX_RANK] {
 
 /// A walk over an output in order and `K` inputs read with strides.
 pub(super) struct Walk<const K: usize> {
-    rank: usize,
-    shape: [usize; MAX_RANK],
-    strides: [[usize; MAX_RANK]; K],
+    /// Number of merged axes, at least 1.
+    pub(super) rank: usize,
+    /// Their extents, the innermost first; 1 behind them.
+    pub(super) shape: [usize; MAX_RANK],
+    /// Steps of each input along them.
+    pub(super) strides: [[usize; MAX_RANK]; K],
 }
 
 impl<const K: usize> Walk<K> {

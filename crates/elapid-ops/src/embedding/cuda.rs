@@ -176,11 +176,25 @@ pub fn forward<T: GpuElement>(
     ids: &TokenIds,
     width: usize,
 ) -> Result<DeviceBuffer<T>> {
+    array(OP, "table", table, ids.classes * width)?;
+    take::<f32, T>(gpu, Rows::new(table, width), ids, width)
+}
+
+/// Rows `[T, D]` of type T of a table `[V, D]` of type V.
+///
+/// # Errors
+/// As [`forward`].
+pub(crate) fn take<V: GpuElement, T: GpuElement>(
+    gpu: &Gpu,
+    table: Rows<'_, V>,
+    ids: &TokenIds,
+    width: usize,
+) -> Result<DeviceBuffer<T>> {
     let tokens = ids.ids.len();
     let out = gpu.scratch::<T>(tokens * width)?;
     let arguments = ForwardArguments {
-        table: array(OP, "table", table, ids.classes * width)?,
-        table_stride: width as i64,
+        table: table.address(OP, ids.classes, width)?,
+        table_stride: table.stride(),
         ids: ids.ids.address(),
         out: out.address(),
         out_stride: width as i64,
@@ -188,7 +202,7 @@ pub fn forward<T: GpuElement>(
         width: width as i64,
     };
     let blocks = (tokens * width.div_ceil(4)).div_ceil(THREADS).min(16 * gpu.multiprocessors());
-    let module = gpu.module(&SOURCE, &[("TABLE", "float"), ("ELEMENT", T::CUDA)])?;
+    let module = gpu.module(&SOURCE, &[("TABLE", V::CUDA), ("ELEMENT", T::CUDA)])?;
     let launch = Launch::linear(blocks as u32, THREADS as u32);
     // SAFETY: the ids are below the table's rows and the extents were checked.
     unsafe { gpu.launch(&module.kernel("embedding_forward")?, launch, &arguments)? };

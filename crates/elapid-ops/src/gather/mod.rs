@@ -1,16 +1,19 @@
 //! Rows chosen by number: the last token of each prompt, the tokens that a router kept.
 
 pub(crate) mod cpu;
+mod on_gpu;
 #[cfg(test)]
 pub(crate) mod reference;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_cuda;
 
 use elapid_tensor::autograd::{Backward, record_one};
 use elapid_tensor::{DType, Error, Result, Tensor};
 
-/// `out[k] = x[rows[k]]`: `[T, C]` and K numbers to `[K, C]`, f32 or f64. A row may be taken more than once or
-/// never; its gradient is the sum over its uses, in their order.
+/// `out[k] = x[rows[k]]`: `[T, C]` and K numbers to `[K, C]`, f32 or f64, on a GPU f32 or bf16. A row may be
+/// taken more than once or never; its gradient is the sum over its uses, in their order.
 ///
 /// # Errors
 /// If `x` has not two axes or another type, or a number is not below T.
@@ -23,6 +26,9 @@ pub fn select_rows(x: &Tensor, rows: &[usize]) -> Result<Tensor> {
             OP,
             format!("rows[{k}] is {row}, expected less than the {count} rows of x"),
         ));
+    }
+    if let Some(gpu) = x.gpu() {
+        return on_gpu::select_rows(gpu, OP, x, rows);
     }
     let values = if x.strides()[1] == 1 { x.detach() } else { x.detach().contiguous()? };
     let shape = [rows.len(), width];

@@ -5,7 +5,9 @@ use elapid_tensor::autograd::backward;
 use proptest::prelude::*;
 
 use super::*;
-use crate::testing::{check_gradient, close_tensor, dot, on_threads, random_tensor, same_bits};
+use crate::testing::{
+    check_gradient, close_tensor, devices, dot, on_threads, random_tensor, same_bits,
+};
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
@@ -17,17 +19,21 @@ proptest! {
     ) {
         let rows: Vec<usize> = picks.iter().map(|pick| pick % count).collect();
         // A view of wider rows, as the model's splits are.
-        let x = random_tensor(seed, [count, width + 3]).narrow(1, 2, width).unwrap();
-        let leaf = x.requires_grad();
-        let y = select_rows(&leaf, &rows).unwrap();
-        prop_assert_eq!(&*y.shape(), &[rows.len(), width][..]);
-        let wide = x.to_f64_vec().unwrap();
-        close_tensor("select_rows", &y, &reference::take_rows(&wide, &rows, width), 0.0);
-        let dy = random_tensor(seed + 1, [rows.len(), width]);
-        let dx = backward(&[(&y, Some(dy.clone()))], &[&leaf]).unwrap().remove(0).unwrap();
-        let dy = dy.to_f64_vec().unwrap();
+        let whole = random_tensor(seed, [count, width + 3]);
+        let wide = whole.narrow(1, 2, width).unwrap().to_f64_vec().unwrap();
+        let given = random_tensor(seed + 1, [rows.len(), width]);
+        let dy = given.to_f64_vec().unwrap();
         let want = reference::scatter_add(&dy, &rows, width, count);
-        close_tensor("dx", &dx, &want, 1e-6);
+        for device in devices() {
+            let leaf = whole.to(device).unwrap().narrow(1, 2, width).unwrap().requires_grad();
+            let y = select_rows(&leaf, &rows).unwrap();
+            prop_assert_eq!(&*y.shape(), &[rows.len(), width][..]);
+            close_tensor("select_rows", &y, &reference::take_rows(&wide, &rows, width), 0.0);
+            let given = given.to(device).unwrap();
+            let dx = backward(&[(&y, Some(given))], &[&leaf]).unwrap().remove(0).unwrap();
+            prop_assert_eq!((dx.shape(), dx.device()), (leaf.shape(), device));
+            close_tensor("dx", &dx, &want, 1e-6);
+        }
         check_gradient("reference", &want, &wide, |x| {
             dot(&reference::take_rows(x, &rows, width), &dy)
         });

@@ -1,14 +1,19 @@
-//! Sums, means and maxima along one axis or over everything.
+//! Sums, means and maxima along one axis or over everything, of f32 or f64 on the host, of f32 or bf16 on a GPU.
 //!
-//! The order of additions depends only on the reduced extent, never on threads or on the other axes, so a row
-//! reduced alone has the bits that it has in a batch.
+//! The order of additions depends only on the reduced extent (on a GPU also on the extents behind it and on the type,
+//! but not on the card), never on threads or on how many rows there are, so a row reduced alone has the bits that it
+//! has in a batch.
 
 mod cpu;
+mod cuda;
 mod reference;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_cuda;
 
 use elapid_tensor::autograd::{Backward, record_one};
+use elapid_tensor::cuda::DeviceBuffer;
 use elapid_tensor::{Buffer, DType, Error, MAX_RANK, Result, Shape, Tensor};
 
 use crate::elementwise::{broadcast_to, scale};
@@ -51,15 +56,19 @@ impl Reduction {
     }
 }
 
-/// `factor Σ x` over the middle extent, without a gradient.
+/// `factor Σ x` over the middle extent, without a gradient; of type `dtype`, which on the host is that of `x`.
 fn sum_values(
     op: &'static str,
     x: &Tensor,
     extents: [usize; 3],
     factor: f64,
+    dtype: DType,
     out: Shape,
 ) -> Result<Tensor> {
     let x = x.detach().contiguous()?;
+    if let Some(gpu) = x.gpu() {
+        return cuda::sum(gpu, op, &x, extents, factor, dtype, out);
+    }
     match x.dtype() {
         DType::F32 => Tensor::from_buffer(cpu::sum(x.data()?, extents, factor), out),
         DType::F64 => {
@@ -72,7 +81,7 @@ fn sum_values(
 }
 
 fn record_sum(op: &'static str, x: &Tensor, reduction: Reduction, factor: f64) -> Result<Tensor> {
-    let out = sum_values(op, x, reduction.extents, factor, reduction.out)?;
+    let out = sum_values(op, x, reduction.extents, factor, x.dtype(), reduction.out)?;
     let (shape, kept) = (x.shape(), reduction.kept);
     Ok(record_one(op, &[x], out, || {
         move |context: &mut Backward| {
@@ -86,7 +95,7 @@ fn record_sum(op: &'static str, x: &Tensor, reduction: Reduction, factor: f64) -
 /// The sum along an axis, which the result no longer has; without an axis, of all elements, as a scalar.
 ///
 /// # Errors
-/// If the axis does not exist or the type is not f32 or f64.
+/// If the axis does not exist or the device lacks the type.
 pub fn sum(x: &Tensor, axis: Option<usize>) -> Result<Tensor> {
     record_sum("sum", x, Reduction::new("sum", x, axis)?, 1.0)
 }
@@ -108,7 +117,7 @@ pub fn mean(x: &Tensor, axis: Option<usize>) -> Result<Tensor> {
 /// counts as the largest. The gradient goes to the first of equal values.
 ///
 /// # Errors
-/// If the axis does not exist, there is nothing to choose from, or the type is not f32 or f64.
+/// If the axis does not exist, there is nothing to choose from, or the device lacks the type.
 pub fn max(x: &Tensor, axis: Option<usize>) -> Result<Tensor> {
     let Reduction { extents, out, .. } = Reduction::new("max", x, axis)?;
     let [_, count, inner] = extents;
@@ -116,14 +125,18 @@ pub fn max(x: &Tensor, axis: Option<usize>) -> Result<Tensor> {
         return Err(x.shape_error("max", "x", "at least one element to choose from"));
     }
     let values = x.detach().contiguous()?;
-    let (out, places) = match x.dtype() {
-        DType::F32 => {
-            let (values, places) = cpu::max(values.data()?, extents);
-            (Tensor::from_buffer(values, out)?, places)
+    let (out, places) = match (x.gpu(), x.dtype()) {
+        (Some(gpu), _) => {
+            let (values, places) = cuda::max(gpu, "max", &values, extents, out)?;
+            (values, Places::Gpu(places))
         }
-        DType::F64 => {
+        (None, DType::F32) => {
+            let (values, places) = cpu::max(values.data()?, extents);
+            (Tensor::from_buffer(values, out)?, Places::Host(places))
+        }
+        (None, DType::F64) => {
             let (values, places) = reference::max(values.data()?, extents);
-            (Tensor::from_slice(&values, out)?, places)
+            (Tensor::from_slice(&values, out)?, Places::Host(places))
         }
         _ => return Err(x.unsupported("max")),
     };
@@ -132,6 +145,13 @@ pub fn max(x: &Tensor, axis: Option<usize>) -> Result<Tensor> {
         move |context: &mut Backward| {
             let Some(grad) = context.take_grad(0) else { return Ok(vec![None]) };
             let grad = grad.contiguous()?;
+            let places = match &places {
+                Places::Gpu(places) => {
+                    let dx = cuda::max_backward(places, "max", &grad, extents, shape)?;
+                    return Ok(vec![Some(dx)]);
+                }
+                Places::Host(places) => places,
+            };
             let target = |at: usize| ((at / inner) * count + places[at]) * inner + at % inner;
             Ok(vec![Some(match grad.dtype() {
                 DType::F64 => place(grad.data::<f64>()?, target, shape)?,
@@ -139,6 +159,12 @@ pub fn max(x: &Tensor, axis: Option<usize>) -> Result<Tensor> {
             })])
         }
     }))
+}
+
+/// Where along the reduced axis the largest values stand.
+enum Places {
+    Host(Vec<usize>),
+    Gpu(DeviceBuffer<i64>),
 }
 
 /// Zeros but for `values[i]` at `target(i)`.
@@ -168,9 +194,9 @@ pub(crate) fn sum_to_shape(x: &Tensor, shape: Shape) -> Result<Tensor> {
     let mut dims = [1; MAX_RANK];
     dims[..x.rank()].copy_from_slice(&x.shape());
     let mut sum = x.detach();
+    let repeated = |axis: usize| axis < missing || shape[axis - missing] != x.shape()[axis];
     let mut axis = 0;
     while axis < x.rank() {
-        let repeated = |axis: usize| axis < missing || shape[axis - missing] != x.shape()[axis];
         let mut end = axis;
         while end < x.rank() && repeated(end) {
             end += 1;
@@ -182,7 +208,10 @@ pub(crate) fn sum_to_shape(x: &Tensor, shape: Shape) -> Result<Tensor> {
                 dims[end..x.rank()].iter().product(),
             ];
             dims[axis..end].fill(1);
-            sum = sum_values(OP, &sum, extents, 1.0, Shape::new(&dims[..x.rank()]))?;
+            // Only the last sum is rounded to a narrow type.
+            let last = !(end..x.rank()).any(repeated);
+            let dtype = if last || x.gpu().is_none() { x.dtype() } else { DType::F32 };
+            sum = sum_values(OP, &sum, extents, 1.0, dtype, Shape::new(&dims[..x.rank()]))?;
         }
         axis = end + 1;
     }
