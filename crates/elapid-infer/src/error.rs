@@ -66,5 +66,11 @@ impl From<elapid_tensor::Error> for Error {
     }
 }
 
+impl From<elapid_tensor::cuda::GpuError> for Error {
+    fn from(error: elapid_tensor::cuda::GpuError) -> Self {
+        elapid_tensor::Error::from(error).into()
+    }
+}
+
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -7,6 +7,7 @@ use elapid_models::{Context, LanguageModel, MambaConfig, State};
 use elapid_tensor::autograd::no_grad;
 use elapid_tensor::{DType, Device, Sequence, Sequences, Tensor};
 
+use crate::gpu_steps::GpuSteps;
 use crate::prefill::{self, Feed, check_tokens};
 use crate::{Error, Result, Sampler, Sampling, TextStream};
 
@@ -182,7 +183,8 @@ pub fn generate(
     let stream = TextStream::new(&options.stop)?;
     let sampler = Sampler::new(&options.sampling, model.config().vocab_size)?;
     no_grad(|| {
-        let mut engine = Engine { model, options, vocabulary, sampler, on_event };
+        let gpu = model.device().gpu()?.map(GpuSteps::new);
+        let mut engine = Engine { model, options, vocabulary, sampler, on_event, gpu };
         engine.run(requests, &stream)
     })
 }
@@ -193,6 +195,7 @@ struct Engine<'a> {
     vocabulary: Vocabulary,
     sampler: Sampler,
     on_event: &'a mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
+    gpu: Option<GpuSteps>,
 }
 
 impl Engine<'_> {
@@ -222,7 +225,7 @@ impl Engine<'_> {
             let mut state = State::join(&states.iter().collect::<Vec<_>>())?;
             drop(states);
             if self.options.max_tokens > 0 {
-                self.choose(&mut running, &last, &state)?;
+                self.choose(&mut running, &self.model.logits(&last)?, &state)?;
             }
             drop(last);
             loop {
@@ -230,10 +233,10 @@ impl Engine<'_> {
                 if running.is_empty() {
                     break;
                 }
-                let hidden;
-                (hidden, state) = self.step(&running, state)?;
+                let logits;
+                (logits, state) = self.step(&running, state)?;
                 timing.decode_tokens += running.len();
-                self.choose(&mut running, &hidden, &state)?;
+                self.choose(&mut running, &logits, &state)?;
             }
             timing.decode = started.elapsed();
         }
@@ -273,8 +276,8 @@ impl Engine<'_> {
         Ok((feeds.into_iter().map(|feed| feed.state).collect(), last))
     }
 
-    /// Reads the last token of every running sequence.
-    fn step(&self, running: &[Running], state: State) -> Result<(Tensor, State)> {
+    /// Reads the last token of every running sequence: logits [S, V] and the state after it.
+    fn step(&mut self, running: &[Running], state: State) -> Result<(Tensor, State)> {
         let ids: Vec<u32> = running.iter().filter_map(|r| r.history.last().copied()).collect();
         let sequences = running
             .iter()
@@ -289,13 +292,18 @@ impl Engine<'_> {
             })
             .collect();
         let sequences = Sequences::new(sequences, running.len())?;
+        if let Some(gpu) = self.gpu.as_mut() {
+            return gpu.step(self.model, &ids, &sequences, state);
+        }
         let ids = Tensor::from_slice(&ids, [ids.len()])?;
-        Ok(self.model.hidden(&ids, &sequences, Some(state), &mut Context::new())?)
+        let (hidden, state) =
+            self.model.hidden(&ids, &sequences, Some(state), &mut Context::new())?;
+        Ok((self.model.logits(&hidden)?, state))
     }
 
-    /// Samples the next token of every running sequence from its hidden state [S, D].
-    fn choose(&mut self, running: &mut [Running], hidden: &Tensor, state: &State) -> Result<()> {
-        let logits = self.model.logits(hidden)?.to(Device::Cpu)?;
+    /// Samples the next token of every running sequence from its logits [S, V].
+    fn choose(&mut self, running: &mut [Running], logits: &Tensor, state: &State) -> Result<()> {
+        let logits = logits.to(Device::Cpu)?;
         let logits = logits.row_view::<f32>()?;
         let mut interrupted = false;
         for (slot, running) in running.iter_mut().enumerate() {

@@ -7,6 +7,7 @@
 mod error;
 mod forward;
 mod generate;
+mod gpu_steps;
 mod prefill;
 mod sampler;
 mod text;

@@ -102,6 +102,25 @@ impl State {
         Ok(self)
     }
 
+    /// Takes over the values of another state in place, where the tensors are. Recorded GPU work does this at its end,
+    /// so that the next launch finds its state where the last one left it.
+    ///
+    /// # Errors
+    /// If the other has other layers, names, shapes or devices, or somebody shares this state's tensors.
+    pub fn overwrite(&mut self, values: &State) -> Result<()> {
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            for (name, tensor) in &mut layer.tensors {
+                let other = values.layers.get(index).and_then(|layer| layer.get(name));
+                let Some(other) = other else {
+                    return Err(Error::State(format!("layer {index} lacks {name:?}")));
+                };
+                tensor.overwrite(other)?;
+            }
+        }
+        self.positions.clone_from(&values.positions);
+        Ok(())
+    }
+
     /// A state whose slot `i` is this one's slot `slots[i]`: forks, reorders and selects.
     ///
     /// # Errors

@@ -168,6 +168,31 @@ impl Tensor {
         self.device_address()
     }
 
+    /// Takes over the values of a tensor of the same shape, type and GPU in place.
+    ///
+    /// # Errors
+    /// If those differ, or this tensor's storage is shared or a view.
+    pub fn overwrite(&mut self, values: &Tensor) -> Result<()> {
+        const OP: &str = "overwrite";
+        values.expect_shape(OP, "values", &self.shape)?;
+        values.expect_dtype(OP, "values", self.dtype)?;
+        values.expect_device(OP, "values", self.device())?;
+        let whole = self.offset == 0 && self.is_contiguous();
+        if !whole || Arc::get_mut(&mut self.storage).is_none() {
+            return Err(Error::argument(OP, "the tensor's storage is shared, or it is a view"));
+        }
+        let to = self.layout()?;
+        // SAFETY: the storage is this tensor's alone, and a view lies within its storage.
+        unsafe { copy::copy(self.device_block()?.gpu(), &values.layout()?, &to)? };
+        Ok(())
+    }
+
+    /// True if both are the same view of the same storage.
+    pub fn is_same(&self, other: &Tensor) -> bool {
+        Arc::ptr_eq(&self.storage, &other.storage)
+            && (self.offset, self.shape, self.strides) == (other.offset, other.shape, other.strides)
+    }
+
     /// True if the axes after the first lie without gaps among themselves, so that the tensor can be read by rows.
     pub fn has_whole_rows(&self) -> bool {
         self.elements() == 0 || inner_contiguous(&self.shape, &self.strides, 1)

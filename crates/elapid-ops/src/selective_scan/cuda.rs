@@ -20,12 +20,21 @@ static SOURCE: Source = Source {
     text: include_str!("cuda.cu"),
     headers: &[
         ("cuda_common.cuh", include_str!("cuda_common.cuh")),
+        ("cuda_stage.cuh", include_str!("cuda_stage.cuh")),
+        ("cuda_segments.cuh", include_str!("cuda_segments.cuh")),
+        ("cuda_sums.cuh", include_str!("cuda_sums.cuh")),
         ("cuda_backward.cuh", include_str!("cuda_backward.cuh")),
+        ("cuda_reduce.cuh", include_str!("cuda_reduce.cuh")),
     ],
 };
 
 const THREADS: usize = 128;
-/// Forward blocks that a multiprocessor holds at once.
+/// Blocks a multiprocessor from which on a lane takes two channels instead of one: more work for each value of B and C
+/// brought from shared memory, but half as many blocks. Fewer leave parts of the card with one block, others with two.
+const WORTH_PAIRING: usize = 4;
+/// Most states of a channel with which lanes take two: with more, a block has few channels as it is.
+const PAIRED_STATES: usize = 16;
+/// Forward blocks of one channel a lane that a multiprocessor holds at once.
 const BLOCKS: usize = 5;
 /// Sequences are cut to fill the card if it holds so many times the blocks that there are: the second pass over the
 /// recurrence must be paid for.
@@ -114,9 +123,11 @@ pub struct Gradients<T> {
     pub state: DeviceBuffer<f32>,
 }
 
-/// The shape of a block, as `cuda_common.cuh` derives it from the number of states.
+/// The shape of a block, as the kernels derive it from the number of states and of a lane's channels.
 #[derive(Debug, Clone, Copy)]
 struct Shape {
+    /// Channels a lane: 1 or 2.
+    pair: usize,
     channels: usize,
     steps: usize,
     forward_floats: usize,
@@ -124,7 +135,7 @@ struct Shape {
 }
 
 impl Shape {
-    fn new(states: usize) -> Self {
+    fn new(states: usize, pair: usize) -> Self {
         let lanes = match states {
             0..=16 => 4,
             17..=32 => 8,
@@ -133,27 +144,45 @@ impl Shape {
         };
         let own = states.div_ceil(lanes);
         let padded = lanes * own;
-        let channels = THREADS / lanes;
+        let channels = THREADS / lanes * pair;
         let steps = if states <= 64 { 32 } else { 16 };
-        let width = channels / 4;
+        let width = channels / if channels == 64 { 8 } else { 4 };
         let map = |copies: usize| copies * (steps * padded + if copies > 1 { 16 } else { 0 });
         let of_channels = 2 * channels;
         let pairs = steps * channels * 2;
-        let copies = if lanes == 4 && own == 4 { 4 } else { 1 };
-        let parts = THREADS / 32 * steps * 2 * padded;
-        let saved = steps / 4 * THREADS * own;
+        let copies = match (lanes, own, pair) {
+            (4, 4, 1) => 4,
+            (4, 4, _) => 2,
+            _ => 1,
+        };
+        let saved = steps / 4 * (THREADS / 32) * (32 * pair * own).max(8 * padded);
         Self {
+            pair,
             channels,
             steps,
             forward_floats: 2 * (pairs + 2 * map(1)) + of_channels,
             backward_floats: pairs
-                + 2 * steps * (channels + 4)
+                + steps * (channels + 8)
                 + 2 * map(copies)
                 + saved
-                + parts
                 + THREADS * 2 * width
                 + of_channels,
         }
+    }
+
+    /// For `cut` and as many sequences; only [`Cut::Fill`] lets the batch decide.
+    fn of(
+        gpu: &Gpu,
+        of_group: usize,
+        groups: usize,
+        states: usize,
+        count: usize,
+        cut: Cut,
+    ) -> Self {
+        let wide = Self::new(states, 2);
+        let blocks = groups * of_group.div_ceil(wide.channels) * count;
+        let pays = states <= PAIRED_STATES && blocks >= WORTH_PAIRING * gpu.multiprocessors();
+        if cut == Cut::Fill && pays { wide } else { Self::new(states, 1) }
     }
 }
 
@@ -293,7 +322,7 @@ impl Plan {
                 format!("{states} states a channel, expected 1 to {MAX_STATES}"),
             ));
         }
-        let shape = Shape::new(states);
+        let shape = Shape::of(gpu, channels / groups, groups, states, sequences.len(), cut);
         let tiles = groups * (channels / groups).div_ceil(shape.channels);
         let size = match cut {
             Cut::Never => usize::MAX,
@@ -389,8 +418,8 @@ impl Plan {
 
 impl<T: GpuElement> Inputs<'_, T> {
     fn module(&self, gpu: &Gpu) -> Result<Module> {
-        let states = self.plan.states.to_string();
-        gpu.module(&SOURCE, &[("ELEMENT", T::CUDA), ("STATES", &states)])
+        let (states, pair) = (self.plan.states.to_string(), self.plan.shape.pair.to_string());
+        gpu.module(&SOURCE, &[("ELEMENT", T::CUDA), ("STATES", &states), ("PAIR", &pair)])
     }
 
     fn arguments(&self) -> Result<InputArguments> {

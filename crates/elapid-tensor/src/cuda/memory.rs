@@ -27,6 +27,15 @@ pub(super) struct Pool {
     pub(super) usage: Usage,
 }
 
+impl Pool {
+    /// Takes out what waits in one pool, with its sizes.
+    fn take(&mut self, own: u64) -> Vec<(usize, Vec<u64>)> {
+        let keys: Vec<(u64, usize)> =
+            self.free.range((own, 0)..=(own, usize::MAX)).map(|(key, _)| *key).collect();
+        keys.into_iter().filter_map(|key| Some((key.1, self.free.remove(&key)?))).collect()
+    }
+}
+
 /// The size that `bytes` are rounded up to: eight sizes to a power of two, so at most an eighth is wasted.
 fn size_class(bytes: usize) -> usize {
     let step = (bytes.next_power_of_two() / 16).max(512);
@@ -206,9 +215,7 @@ impl Gpu {
     /// Gives the waiting blocks of a graph that is gone to everybody.
     pub(super) fn dissolve_pool(&self, own: u64) {
         let mut pool = self.pool();
-        let blocks: Vec<((u64, usize), Vec<u64>)> =
-            pool.free.extract_if(.., |key, _| key.0 == own).collect();
-        for ((_, capacity), mut addresses) in blocks {
+        for (capacity, mut addresses) in pool.take(own) {
             if self.is_emulated() {
                 pool.usage.cached -= capacity * addresses.len();
                 for address in addresses {
@@ -223,9 +230,7 @@ impl Gpu {
 
     fn give_back(&self, pool: &mut Pool, own: u64) -> Result<()> {
         self.synchronize()?;
-        let waiting: Vec<((u64, usize), Vec<u64>)> =
-            pool.free.extract_if(.., |key, _| key.0 == own).collect();
-        for ((_, capacity), addresses) in waiting {
+        for (capacity, addresses) in pool.take(own) {
             for address in addresses {
                 pool.usage.cached -= capacity;
                 self.release(address, capacity)?;
