@@ -52,6 +52,8 @@ pub struct MambaConfig {
     pub dt_scale: f64,
     /// Initial Δ is never below this.
     pub dt_init_floor: f64,
+    /// Standard deviation of the embedding's initial values.
+    pub embedding_std: f64,
     /// Bias of the convolution.
     pub conv_bias: bool,
     /// Bias of the input and output projections.
@@ -83,6 +85,7 @@ impl Default for MambaConfig {
             dt_init: DtInit::Random,
             dt_scale: 1.0,
             dt_init_floor: 1e-4,
+            embedding_std: 0.02,
             conv_bias: true,
             bias: false,
             norm: NormKind::Rms,
@@ -203,6 +206,7 @@ impl MambaConfig {
             ("dt_max", self.dt_max),
             ("dt_scale", self.dt_scale),
             ("dt_init_floor", self.dt_init_floor),
+            ("embedding_std", self.embedding_std),
             ("norm_eps", self.norm_eps),
         ];
         for (key, value) in reals {
@@ -272,6 +276,11 @@ mod tests {
         assert!(zero.validate().unwrap_err().to_string().contains("d_state"));
         let nan = MambaConfig { norm_eps: f64::NAN, ..MambaConfig::bytes(16, 1) };
         assert!(nan.validate().unwrap_err().to_string().contains("norm_eps"));
+        for std in [0.0, -0.5, f64::INFINITY, f64::NAN] {
+            let config = MambaConfig { embedding_std: std, ..MambaConfig::bytes(16, 1) };
+            let error = config.validate().unwrap_err().to_string();
+            assert!(error.contains("embedding_std") && error.contains("positive"), "{error}");
+        }
         assert!(MambaConfig::bytes(16, 1).validate().is_ok());
     }
 }

@@ -96,6 +96,7 @@ fn fnv1a(name: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{Kind, LanguageModel};
 
     #[test]
     fn inverse_softplus_values() {
@@ -108,6 +109,34 @@ mod tests {
         ];
         for (dt, value) in expected {
             assert!((inverse_softplus(dt) - value).abs() < 1e-9, "{dt}");
+        }
+    }
+
+    #[test]
+    fn the_embedding_alone_has_the_deviation_asked_for() {
+        let values = |embedding_std| {
+            let config = MambaConfig { embedding_std, ..MambaConfig::bytes(16, 1) };
+            let mut found = Vec::new();
+            let mut model = LanguageModel::new(&config, 3).unwrap();
+            model
+                .visit(&mut |parameter| {
+                    found.push((parameter.kind, parameter.tensor.to_f64_vec()?));
+                    Ok(())
+                })
+                .unwrap();
+            found
+        };
+        let (usual, wide) = (values(0.02), values(0.5));
+        for ((kind, usual), (_, wide)) in usual.into_iter().zip(wide) {
+            if kind != Kind::Embedding {
+                assert_eq!(usual, wide, "{kind:?}");
+                continue;
+            }
+            let deviation = (wide.iter().map(|v| v * v).sum::<f64>() / wide.len() as f64).sqrt();
+            assert!((deviation - 0.5).abs() < 0.03, "{deviation}");
+            for (usual, wide) in usual.into_iter().zip(wide) {
+                assert!((wide - 25.0 * usual).abs() <= 1e-6 * wide.abs(), "{usual} {wide}");
+            }
         }
     }
 

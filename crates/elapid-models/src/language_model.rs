@@ -58,7 +58,7 @@ impl LanguageModel {
             .transpose()?;
         Ok(Self {
             config: config.clone(),
-            embedding: init.normal("backbone.embeddings.weight", 0.02, &[v, d])?,
+            embedding: init.normal("backbone.embeddings.weight", config.embedding_std, &[v, d])?,
             layers,
             norm_f: Norm::new(config, init)?,
             lm_head,

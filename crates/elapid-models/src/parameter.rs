@@ -18,8 +18,19 @@ pub enum Kind {
     Bias,
     /// Scale of a normalisation.
     Scale,
-    /// A parameter of the recurrence itself (`A_log`, `D`), kept in f32.
+    /// Weight or bias of the projection to Δ, the step by which a token moves the state.
+    DeltaProjection,
+    /// The state's own decay (`A_log`), kept in f32.
     Recurrence,
+    /// The way past the state (`D`), kept in f32.
+    Skip,
+}
+
+impl Kind {
+    /// True for what decides how long a state is kept: exp(Δ A) is the share of it that outlasts a token.
+    pub fn sets_retention(self) -> bool {
+        matches!(self, Self::DeltaProjection | Self::Recurrence)
+    }
 }
 
 /// One parameter of a model.

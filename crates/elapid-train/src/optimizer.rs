@@ -14,6 +14,8 @@ use crate::trainer::GpuStep;
 struct Slot {
     name: String,
     decay: bool,
+    /// What the learning rate of a step is multiplied by.
+    lr_factor: f64,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
 }
@@ -39,6 +41,11 @@ impl AdamW {
             slots.push(Slot {
                 name: parameter.name,
                 decay: parameter.decay,
+                lr_factor: if parameter.kind.sets_retention() {
+                    config.recurrence_lr_factor
+                } else {
+                    1.0
+                },
                 exp_avg: Tensor::zeros_on(device, DType::F32, shape)?,
                 exp_avg_sq: Tensor::zeros_on(device, DType::F32, shape)?,
             });
@@ -62,7 +69,7 @@ impl AdamW {
         self.slots.iter().map(|slot| slot.exp_avg.elements()).collect()
     }
 
-    /// The constants of the next step, but for each parameter's weight decay.
+    /// The constants of the next step, but for each parameter's weight decay and factor of the learning rate.
     pub(crate) fn update(&self, lr: f64) -> Update {
         Update {
             learning_rate: lr,
@@ -78,7 +85,8 @@ impl AdamW {
         self.steps += 1;
     }
 
-    /// One step at learning rate `lr`; gradients (in visit order) are multiplied by `scale` first.
+    /// One step at learning rate `lr` (times `recurrence_lr_factor` for what decides how long a state is
+    /// kept); gradients (in visit order) are multiplied by `scale` first.
     /// A parameter without a gradient is left alone.
     ///
     /// # Errors
@@ -97,7 +105,7 @@ impl AdamW {
             let Some((slot, Some(gradient))) = pairs.next() else { return Ok(()) };
             gradient.expect_shape("adamw", &parameter.name, &parameter.tensor.shape())?;
             let update = Update {
-                learning_rate: lr,
+                learning_rate: lr * slot.lr_factor,
                 beta1: config.betas[0],
                 beta2: config.betas[1],
                 epsilon: config.eps,
@@ -147,7 +155,7 @@ impl AdamW {
                 m: &mut slot.exp_avg,
                 v: &mut slot.exp_avg_sq,
                 weight_decay: if slot.decay { weight_decay } else { 0.0 },
-                rate: 1.0,
+                rate: slot.lr_factor,
             });
         }
         let bound = match missing {

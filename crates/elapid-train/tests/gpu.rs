@@ -46,7 +46,8 @@ fn config() -> MambaConfig {
 fn run(device: Device, compute: DType, steps: &[Vec<Batch>]) -> Run {
     let mut model = LanguageModel::new(&config(), 3).unwrap();
     model.place(device, compute).unwrap();
-    let options = OptimizerConfig { clip_norm: 0.5, ..OptimizerConfig::default() };
+    let options =
+        OptimizerConfig { clip_norm: 0.5, recurrence_lr_factor: 3.0, ..Default::default() };
     let mut optimizer = AdamW::new(&options, &mut model).unwrap();
     let mut watch = NormWatch::default();
     let mut step = |batches: &[Batch]| {

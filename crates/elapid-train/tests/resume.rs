@@ -199,12 +199,14 @@ fn what_decides_the_result_must_not_change() {
     run(&config).unwrap();
     for (key, value) in [
         ("optimizer.lr", "0.006"),
+        ("optimizer.recurrence_lr_factor", "10"),
         ("train.seed", "3"),
         ("train.accumulation", "2"),
         ("train.batch_size", "4"),
         ("data.context", "33"),
         ("data.packing", "greedy"),
         ("model.d_model", "32"),
+        ("model.embedding_std", "0.5"),
         ("schedule.kind", "constant"),
     ] {
         let changed = folder.config("run", &["train.steps=5", &format!("{key}={value}")]);

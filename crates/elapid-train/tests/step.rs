@@ -141,6 +141,53 @@ fn clipping_scales_the_gradient_to_the_norm() {
 }
 
 #[test]
+fn the_recurrence_has_a_rate_of_its_own() {
+    let mut rng = Rng::new(4, 0);
+    let batch = batch(&mut rng, &[40, 9]);
+    let values = |model: &mut LanguageModel| {
+        let mut found = Vec::new();
+        model
+            .visit(&mut |parameter| {
+                found.push((parameter.name, parameter.tensor.to_f64_vec()?));
+                Ok(())
+            })
+            .unwrap();
+        found
+    };
+    let stepped = |recurrence_lr_factor| {
+        let config = OptimizerConfig { recurrence_lr_factor, ..Default::default() };
+        let mut model = LanguageModel::new(&MambaConfig::bytes(16, 2), 7).unwrap();
+        let mut optimizer = AdamW::new(&config, &mut model).unwrap();
+        let batches = std::slice::from_ref(&batch);
+        let mut watch = NormWatch::default();
+        train_step(&mut model, &mut optimizer, &config, &mut watch, batches, None, 1e-3).unwrap();
+        values(&mut model)
+    };
+    let before = values(&mut LanguageModel::new(&MambaConfig::bytes(16, 2), 7).unwrap());
+    let (usual, fast) = (stepped(1.0), stepped(8.0));
+    let mut faster = Vec::new();
+    for (((name, before), (_, usual)), (_, fast)) in before.iter().zip(&usual).zip(&fast) {
+        if usual == fast {
+            assert_ne!(before, usual, "{name}");
+            continue;
+        }
+        let moved = |after: &[f64]| -> Vec<f64> {
+            before.iter().zip(after).map(|(before, after)| after - before).collect()
+        };
+        for (usual, fast) in moved(usual).into_iter().zip(moved(fast)) {
+            // Values near 7 are rounded to multiples of 5e-7, eight times over.
+            assert!((fast - 8.0 * usual).abs() < 1e-5, "{name}: {usual} {fast}");
+        }
+        faster.push(name.as_str());
+    }
+    let expected = ["A_log", "dt_proj.weight", "dt_proj.bias"];
+    let expected: Vec<String> = (0..2)
+        .flat_map(|i| expected.map(|field| format!("backbone.layers.{i}.mixer.{field}")))
+        .collect();
+    assert_eq!(faster, expected);
+}
+
+#[test]
 fn a_step_that_fails_changes_nothing() {
     let mut rng = Rng::new(3, 0);
     let batch = batch(&mut rng, &[20]);

@@ -74,6 +74,7 @@ fn from_hugging_face(keys: &Keys<'_>) -> Result<MambaConfig> {
         dt_init: keys.dt_init("time_step_init_scheme")?,
         dt_scale: keys.real("time_step_scale", 1.0)?,
         dt_init_floor: keys.real("time_step_floor", 1e-4)?,
+        embedding_std: keys.real("initializer_range", 0.1)?,
         conv_bias: keys.flag("use_conv_bias", true)?,
         bias: keys.flag("use_bias", true)?,
         norm: keys.norm()?,
@@ -123,7 +124,7 @@ pub fn config_to_json(config: &MambaConfig, dtype: DType) -> Value {
         "residual_in_fp32": config.residual_in_fp32,
         // transformers divides the out_proj of a model that it loads by sqrt(layers) if this is true.
         "rescale_prenorm_residual": false,
-        "initializer_range": 0.02,
+        "initializer_range": config.embedding_std,
         "tie_word_embeddings": config.tie_embeddings,
         "use_cache": true,
         "bos_token_id": null,
@@ -250,6 +251,7 @@ mod tests {
             dt_init: DtInit::Constant,
             dt_scale: 0.3,
             dt_init_floor: 1e-7,
+            embedding_std: 0.5,
             conv_bias: false,
             bias: true,
             norm: NormKind::Layer,
@@ -268,11 +270,20 @@ mod tests {
     }
 
     #[test]
+    fn initial_values_have_their_names_of_transformers() {
+        let config = MambaConfig { embedding_std: 0.5, ..MambaConfig::bytes(16, 1) };
+        let value = config_to_json(&config, DType::F32);
+        assert_eq!(value["initializer_range"], json!(0.5));
+        assert_eq!(value["time_step_max"], json!(0.1));
+    }
+
+    #[test]
     fn defaults_are_those_of_transformers() {
         let config = parse(json!({ "model_type": "mamba", "torch_dtype": "float16" })).unwrap();
         assert_eq!((config.d_model, config.n_layer), (768, 32));
         assert_eq!(config.padded_vocab_size(), 50280);
         assert!(config.bias && config.tie_embeddings && config.dt_rank() == 48);
+        assert_eq!(config.embedding_std, 0.1);
     }
 
     #[test]

@@ -42,6 +42,8 @@ pub(super) fn from_original(keys: &Keys<'_>) -> Result<MambaConfig> {
         dt_init: ssm.dt_init("dt_init")?,
         dt_scale: ssm.real("dt_scale", base.dt_scale)?,
         dt_init_floor: ssm.real("dt_init_floor", base.dt_init_floor)?,
+        // An argument of the original code, not part of its configuration.
+        embedding_std: base.embedding_std,
         conv_bias: ssm.flag("conv_bias", base.conv_bias)?,
         bias: ssm.flag("bias", base.bias)?,
         norm: keys.norm()?,

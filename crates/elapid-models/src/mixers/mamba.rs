@@ -159,11 +159,11 @@ impl SequenceMixer for Mamba {
 
     fn visit(&mut self, prefix: &str, visitor: &mut Visitor<'_>) -> Result<()> {
         let name = |field: &str| format!("{prefix}.{field}");
-        let recurrence = |field: &str, tensor: &mut Tensor, visitor: &mut Visitor<'_>| {
-            visitor(Parameter { name: name(field), tensor, kind: Kind::Recurrence, decay: false })
-        };
-        recurrence("A_log", &mut self.a_log, visitor)?;
-        recurrence("D", &mut self.d, visitor)?;
+        for (field, tensor, kind) in
+            [("A_log", &mut self.a_log, Kind::Recurrence), ("D", &mut self.d, Kind::Skip)]
+        {
+            visitor(Parameter { name: name(field), tensor, kind, decay: false })?;
+        }
         self.in_proj.visit(&name("in_proj"), visitor)?;
         visitor(Parameter {
             name: name("conv1d.weight"),
@@ -180,7 +180,9 @@ impl SequenceMixer for Mamba {
             })?;
         }
         self.x_proj.visit(&name("x_proj"), visitor)?;
-        self.dt_proj.visit(&name("dt_proj"), visitor)?;
+        self.dt_proj.visit(&name("dt_proj"), &mut |parameter| {
+            visitor(Parameter { kind: Kind::DeltaProjection, ..parameter })
+        })?;
         self.out_proj.visit(&name("out_proj"), visitor)
     }
 }
@@ -210,5 +212,27 @@ impl Mamba {
         })?;
         let conv_state = outputs.swap_remove(1);
         Ok((outputs.swap_remove(0), conv_state))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retention_is_set_by_the_projection_to_delta_and_the_decay_alone() {
+        let config = MambaConfig { bias: true, ..MambaConfig::bytes(16, 1) };
+        let mut mixer = Mamba::new(&config, "mixer", &Initializer::zeros()).unwrap();
+        let mut found = Vec::new();
+        mixer
+            .visit("mixer", &mut |parameter| {
+                if parameter.kind.sets_retention() {
+                    found.push((parameter.name, parameter.decay));
+                }
+                Ok(())
+            })
+            .unwrap();
+        let expected = [("A_log", false), ("dt_proj.weight", true), ("dt_proj.bias", false)];
+        assert_eq!(found, expected.map(|(field, decay)| (format!("mixer.{field}"), decay)));
     }
 }

@@ -177,13 +177,15 @@ template <class T, bool FAST> struct Column {
     bool packed;
 
     DEVICE Column(T* data, int64_t stride_, int64_t row, int64_t channel, bool full) {
-        at = data + row * stride_ + channel;
-        stride = stride_;
-        packed = FAST || movable<WIDTH>(data + channel, stride, full);
+        // An array that is missing stays null wherever it is moved.
+        bool there = FAST || data;
+        stride = there ? stride_ : 0;
+        at = there ? data + row * stride + channel : nullptr;
+        packed = FAST || (there && movable<WIDTH>(data + channel, stride, full));
     }
     // The same step of the row `rows` further, which is within a tile or two.
     DEVICE T* row(int rows) const {
-        // Short distances of short rows: one multiplication.
+        // Short distances of short rows: one multiplication, of bytes.
         if (FAST) return (T*)((const char*)at + int64_t(rows) * int32_t(stride * int(sizeof(T))));
         return at + rows * stride;
     }

@@ -61,6 +61,8 @@ pub struct ModelConfig {
     pub dt_max: Option<f64>,
     /// Initial Δ is at least this (1e-4).
     pub dt_init_floor: Option<f64>,
+    /// Standard deviation of the embedding's initial values (0.02).
+    pub embedding_std: Option<f64>,
 }
 
 /// Rank of the Δ projection as written in a configuration.
@@ -99,6 +101,7 @@ impl ModelConfig {
             dt_init: self.dt_init.unwrap_or(base.dt_init),
             dt_scale: self.dt_scale.unwrap_or(base.dt_scale),
             dt_init_floor: self.dt_init_floor.unwrap_or(base.dt_init_floor),
+            embedding_std: self.embedding_std.unwrap_or(base.embedding_std),
             conv_bias: self.conv_bias.unwrap_or(base.conv_bias),
             bias: self.bias.unwrap_or(base.bias),
             norm: self.norm.unwrap_or(base.norm),
@@ -196,6 +199,7 @@ impl From<MambaConfig> for ModelConfig {
             dt_min: Some(shape.dt_min),
             dt_max: Some(shape.dt_max),
             dt_init_floor: Some(shape.dt_init_floor),
+            embedding_std: Some(shape.embedding_std),
         }
     }
 }
@@ -282,6 +286,7 @@ mod tests {
             dt_init: DtInit::Constant,
             dt_scale: 2.0,
             dt_init_floor: 1e-5,
+            embedding_std: 0.3,
             conv_bias: false,
             bias: true,
             norm: NormKind::Layer,

@@ -156,6 +156,9 @@ pub struct OptimizerConfig {
     pub eps: f64,
     /// Decoupled weight decay of matrices; norms, biases, A_log and D are never decayed.
     pub weight_decay: f64,
+    /// The learning rate of what decides how long a state is kept (weight and bias of the projection to Δ,
+    /// A_log), as a multiple of everything else's.
+    pub recurrence_lr_factor: f64,
     /// Scale the gradient down to this global norm; 0 leaves it as it is.
     pub clip_norm: f64,
     /// Stop when the gradient norm exceeds this many times what is usual (its recent average, or `clip_norm` if
@@ -170,6 +173,7 @@ impl Default for OptimizerConfig {
             betas: [0.9, 0.95],
             eps: 1e-8,
             weight_decay: 0.1,
+            recurrence_lr_factor: 1.0,
             clip_norm: 1.0,
             max_grad_norm_factor: 1000.0,
         }
@@ -184,6 +188,7 @@ impl OptimizerConfig {
         }
         check.positive("optimizer.eps", self.eps)?;
         check.not_negative("optimizer.weight_decay", self.weight_decay)?;
+        check.positive("optimizer.recurrence_lr_factor", self.recurrence_lr_factor)?;
         check.not_negative("optimizer.clip_norm", self.clip_norm)?;
         let factor = self.max_grad_norm_factor;
         let sensible = factor == 0.0 || (factor.is_finite() && factor > 1.0);
