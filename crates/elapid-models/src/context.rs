@@ -10,11 +10,12 @@ pub struct Context<'a> {
     prefix: String,
     tap: Option<&'a mut Tap<'a>>,
     compute: DType,
+    recompute: bool,
 }
 
 impl Default for Context<'_> {
     fn default() -> Self {
-        Self { prefix: String::new(), tap: None, compute: DType::F32 }
+        Self { prefix: String::new(), tap: None, compute: DType::F32, recompute: true }
     }
 }
 
@@ -34,8 +35,14 @@ impl<'a> Context<'a> {
         self.compute
     }
 
-    pub(crate) fn set_compute(&mut self, dtype: DType) {
+    /// Whether backward makes cheap activations again or keeps them (Mamba, section 3.3.2).
+    pub fn recompute(&self) -> bool {
+        self.recompute
+    }
+
+    pub(crate) fn set_compute(&mut self, dtype: DType, recompute: bool) {
         self.compute = dtype;
+        self.recompute = recompute;
     }
 
     /// Shows an activation, under the names of the modules around it.

@@ -24,6 +24,7 @@ pub struct LanguageModel {
     norm_f: Norm,
     lm_head: Option<Tensor>,
     compute: DType,
+    recompute: bool,
 }
 
 impl LanguageModel {
@@ -63,12 +64,19 @@ impl LanguageModel {
             norm_f: Norm::new(config, init)?,
             lm_head,
             compute: DType::F32,
+            recompute: true,
         })
     }
 
     /// Where the parameters are, and where the model runs.
     pub fn device(&self) -> Device {
         self.embedding.device()
+    }
+
+    /// Whether backward makes cheap activations again (the default) or keeps them: the results are the same, the
+    /// memory of a layer is about two fifths more.
+    pub fn set_recompute(&mut self, recompute: bool) {
+        self.recompute = recompute;
     }
 
     /// The type that mixers compute in.
@@ -88,6 +96,11 @@ impl LanguageModel {
                 dtype: compute,
             }
             .into());
+        }
+        if compute == DType::BF16
+            && let Some(gpu) = device.gpu()?
+        {
+            gpu.check_bf16().map_err(elapid_tensor::Error::from)?;
         }
         self.compute = compute;
         self.visit(&mut |parameter| {
@@ -208,7 +221,7 @@ impl LanguageModel {
             );
             return Err(elapid_tensor::Error::argument("language_model", message).into());
         }
-        context.set_compute(self.compute);
+        context.set_compute(self.compute, self.recompute);
         let mut positions = vec![0; sequences.slots()];
         let mut states: Vec<Option<LayerState>> = match state {
             Some(state) => {

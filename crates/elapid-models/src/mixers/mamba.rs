@@ -10,8 +10,8 @@
 //! output    = W_out · (y ⊙ silu(z))                        [T, D]
 //! ```
 //!
-//! u and W_dt · dt are made again in backward rather than kept (section 3.3.2): they are cheap, and as wide
-//! as everything else that a layer keeps.
+//! u and W_dt · dt are made again in backward rather than kept (section 3.3.2), unless the context says otherwise:
+//! they are cheap, and as wide as everything else that a layer keeps.
 
 use std::borrow::Cow;
 
@@ -114,15 +114,18 @@ impl SequenceMixer for Mamba {
         drop(xz);
         let (z, x) = (halves.remove(1), halves.remove(0));
 
-        let (u, conv_state) = self.convolve(&x, sequences, conv_in)?;
+        let (u, conv_state) = self.convolve(&x, sequences, conv_in, context.recompute())?;
         context.tap("conv1d", &u);
         let x_dbl = linear(&u, &self.x_proj.weight, None)?;
         context.tap("x_proj", &x_dbl);
         let parts = x_dbl.split(1, &[self.dt_rank, self.d_state, self.d_state])?;
-        let delta = rematerialize(&[&parts[0], &self.dt_proj.weight], |inputs| {
-            Ok(vec![linear(&inputs[0], &inputs[1], None)?])
-        })?
-        .swap_remove(0);
+        let delta = match context.recompute() {
+            false => linear(&parts[0], &self.dt_proj.weight, None)?,
+            true => rematerialize(&[&parts[0], &self.dt_proj.weight], |inputs| {
+                Ok(vec![linear(&inputs[0], &inputs[1], None)?])
+            })?
+            .swap_remove(0),
+        };
         context.tap("dt_proj", &delta);
 
         let (y, ssm_state) = selective_scan(
@@ -188,13 +191,19 @@ impl SequenceMixer for Mamba {
 }
 
 impl Mamba {
-    /// u = silu(conv(x)), kept as a recipe, and the last W-1 inputs of each sequence.
+    /// u = silu(conv(x)), kept as a recipe or as values, and the last W-1 inputs of each sequence.
     fn convolve(
         &self,
         x: &Tensor,
         sequences: &Sequences,
         state: Option<Tensor>,
+        recompute: bool,
     ) -> Result<(Tensor, Tensor)> {
+        if !recompute {
+            let (weight, bias) = (&self.conv_weight, self.conv_bias.as_ref());
+            let silu = Activation::Silu;
+            return Ok(causal_conv1d(x, weight, bias, silu, sequences, state.as_ref())?);
+        }
         let mut inputs = vec![x, &self.conv_weight];
         inputs.extend(self.conv_bias.as_ref());
         let with_bias = self.conv_bias.is_some();

@@ -163,8 +163,10 @@ fn run(
             ..Matrix::contiguous(x_rows.device_address()?, dtype, rows, width)
         };
         let out = Matrix::contiguous(logits.address(), DType::F32, rows, vocab);
+        let tf32 = gpu.tf32_allowed();
+        let product = |a, b, c| Product { tf32, ..Product::new(a, b, c) };
         // SAFETY: the views were checked to be [rows, D] and [V, D], the logits have room for [chunk, V].
-        unsafe { gpu.multiply(&Product::new(x_matrix, w_matrix.transpose(), out))? };
+        unsafe { gpu.multiply(&product(x_matrix, w_matrix.transpose(), out))? };
         let scoring = Scoring {
             targets: targets.values.slice().range(start, rows),
             vocab,
@@ -191,10 +193,10 @@ fn run(
             let own = dx.narrow(0, start, rows)?;
             let dx_rows = Matrix::contiguous(own.device_address()?, dtype, rows, width);
             let sum = Matrix::contiguous(dweight.device_address()?, DType::F32, vocab, width);
-            let add = Product { beta: 1.0, ..Product::new(grad.transpose(), x_matrix, sum) };
+            let add = Product { beta: 1.0, ..product(grad.transpose(), x_matrix, sum) };
             // SAFETY: as above; both results were made here.
             unsafe {
-                gpu.multiply(&Product::new(grad, w_matrix, dx_rows))?;
+                gpu.multiply(&product(grad, w_matrix, dx_rows))?;
                 gpu.multiply(&add)?;
             }
         }

@@ -37,6 +37,7 @@ pub(super) fn product(
     let result = empty(gpu, out, shape)?;
     let product = Product {
         batch,
+        tf32: gpu.tf32_allowed(),
         bias: bias.as_ref().map_or(Ok(0), Tensor::device_address)?,
         bias_dtype: out,
         ..Product::new(

@@ -40,6 +40,18 @@ pub enum GpuError {
         /// The driver's name for what went wrong.
         message: String,
     },
+    /// The card is too old for bf16.
+    #[error(
+        "{device} ({name}, compute capability {}.{}) has no bf16, expected 8.0 or newer: use f32", capability.0, capability.1
+    )]
+    NoBf16 {
+        /// The device.
+        device: String,
+        /// The card's name.
+        name: String,
+        /// Its compute capability.
+        capability: (i32, i32),
+    },
     /// The card's memory is full.
     #[error(
         "{device}: {asked} bytes asked for, {free} of {total} free: lower the batch, the sequence length or the model's size"

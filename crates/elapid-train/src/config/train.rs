@@ -31,6 +31,11 @@ pub struct TrainConfig {
     pub device: Option<String>,
     /// Number type of the products: "f32", or on a GPU "bf16". Parameters, norms, scans and the loss stay f32.
     pub dtype: Compute,
+    /// Let products of f32 on a GPU round their inputs to TF32: several times as fast, 10 bits instead of 23.
+    pub tf32: bool,
+    /// Make cheap activations again in backward instead of keeping them: less memory, a little more time, the same
+    /// results.
+    pub recompute: bool,
     /// CPU threads; 0 takes all cores. The same seed and thread count give the same bits.
     pub threads: usize,
     /// Steps between validations; 0 validates at the end only.
@@ -63,6 +68,8 @@ impl Default for TrainConfig {
             seed: 0,
             device: None,
             dtype: Compute::F32,
+            tf32: false,
+            recompute: true,
             threads: 0,
             validation_every: 250,
             validation_tokens: 1 << 18,

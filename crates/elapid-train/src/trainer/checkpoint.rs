@@ -19,7 +19,8 @@ pub const FOLDER: &str = "checkpoints";
 
 /// Keys that may differ between a run and its resumption: they do not touch what was computed so far.
 /// The bytes behind `data.paths` are compared by content when the feed is opened.
-const FREE: [&str; 14] = [
+const FREE: [&str; 15] = [
+    "train.recompute",
     "data.paths",
     "train.device",
     "train.steps",

@@ -379,6 +379,10 @@ fn place(model: &mut LanguageModel, config: &RunConfig) -> Result<()> {
             found: compute.to_string(),
         });
     }
+    model.set_recompute(config.train.recompute);
+    if let Some(gpu) = device.gpu()? {
+        gpu.allow_tf32(config.train.tf32);
+    }
     Ok(model.place(device, compute)?)
 }
 

@@ -108,6 +108,8 @@ impl GpuStep {
         if !again || carried.is_some() {
             self.recorded = None;
         } else if self.recorded.is_none() {
+            // What the first step left waiting would stand beside the graph's own memory.
+            self.gpu.trim()?;
             let (inputs, update) = (&self.inputs, &self.update);
             let (work, graph) = self.gpu.record(|| -> Result<Work> {
                 let work = forward_and_backward(model, inputs, &mut None)?;

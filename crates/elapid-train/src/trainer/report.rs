@@ -27,7 +27,10 @@ impl Trainer {
     ) -> Result<()> {
         let bits = self.bits(report.loss);
         let tokens_per_s = report.tokens as f64 / seconds;
-        let memory_bytes = peak_memory_bytes();
+        let memory_bytes = match self.model.device().gpu()? {
+            Some(gpu) => Some(gpu.usage().peak as u64),
+            None => peak_memory_bytes(),
+        };
         live.progress.update(&Status {
             step: self.step,
             loss: report.loss,
