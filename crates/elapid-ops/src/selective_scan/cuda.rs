@@ -31,11 +31,13 @@ static SOURCE: Source = Source {
 const THREADS: usize = 128;
 /// Blocks a multiprocessor from which on a lane takes two channels instead of one: more work for each value of B and C
 /// brought from shared memory, but half as many blocks. Fewer leave parts of the card with one block, others with two.
-const WORTH_PAIRING: usize = 4;
+const WORTH_PAIRING: f64 = 1.9;
+/// Tokens of a segment from which on lanes of cut sequences take two channels.
+const WORTH_PAIRING_SEGMENTS: usize = 1024;
 /// Most states of a channel with which lanes take two: with more, a block has few channels as it is.
 const PAIRED_STATES: usize = 16;
-/// Forward blocks of one channel a lane that a multiprocessor holds at once.
-const BLOCKS: usize = 5;
+/// Blocks that a multiprocessor holds at once: of one channel a lane (forward), of two.
+const BLOCKS: [usize; 2] = [5, 3];
 /// Sequences are cut to fill the card if it holds so many times the blocks that there are: the second pass over the
 /// recurrence must be paid for.
 const WORTH_CUTTING: usize = 4;
@@ -170,20 +172,34 @@ impl Shape {
         }
     }
 
-    /// For `cut` and as many sequences; only [`Cut::Fill`] lets the batch decide.
+    /// For `cut` and the sequences of a batch; only [`Cut::Fill`] lets the batch decide.
     fn of(
         gpu: &Gpu,
-        of_group: usize,
-        groups: usize,
-        states: usize,
-        count: usize,
+        (channels, groups, states): (usize, usize, usize),
+        sequences: &Sequences,
         cut: Cut,
     ) -> Self {
+        let narrow = Self::new(states, 1);
+        if cut != Cut::Fill || states > PAIRED_STATES {
+            return narrow;
+        }
         let wide = Self::new(states, 2);
-        let blocks = groups * of_group.div_ceil(wide.channels) * count;
-        let pays = states <= PAIRED_STATES && blocks >= WORTH_PAIRING * gpu.multiprocessors();
-        if cut == Cut::Fill && pays { wide } else { Self::new(states, 1) }
+        let tiles = groups * (channels / groups).div_ceil(wide.channels);
+        let blocks = tiles * sequences.len();
+        let pieces = wide.pieces(gpu, blocks);
+        let many = blocks as f64 >= WORTH_PAIRING * gpu.multiprocessors() as f64;
+        let long = pieces >= WORTH_CUTTING && longest(sequences) / pieces >= WORTH_PAIRING_SEGMENTS;
+        if many || long { wide } else { narrow }
     }
+
+    /// Into how many pieces each of so many blocks' work must be cut to fill the card.
+    fn pieces(&self, gpu: &Gpu, blocks: usize) -> usize {
+        BLOCKS[self.pair - 1] * gpu.multiprocessors() / blocks.max(1)
+    }
+}
+
+fn longest(sequences: &Sequences) -> usize {
+    sequences.iter().map(|s| s.len).max().unwrap_or(0)
 }
 
 #[repr(C)]
@@ -322,18 +338,20 @@ impl Plan {
                 format!("{states} states a channel, expected 1 to {MAX_STATES}"),
             ));
         }
-        let shape = Shape::of(gpu, channels / groups, groups, states, sequences.len(), cut);
+        let shape = Shape::of(gpu, (channels, groups, states), sequences, cut);
         let tiles = groups * (channels / groups).div_ceil(shape.channels);
         let size = match cut {
             Cut::Never => usize::MAX,
             Cut::Every(tokens) => tokens.max(1).next_multiple_of(shape.steps),
             Cut::Fill => {
-                let pieces = BLOCKS * gpu.multiprocessors() / (tiles * sequences.len().max(1));
-                let longest = sequences.iter().map(|s| s.len).max().unwrap_or(0);
+                let pieces = shape.pieces(gpu, tiles * sequences.len());
                 if pieces < WORTH_CUTTING {
                     usize::MAX
                 } else {
-                    longest.div_ceil(pieces).next_multiple_of(shape.steps).max(4 * shape.steps)
+                    longest(sequences)
+                        .div_ceil(pieces)
+                        .next_multiple_of(shape.steps)
+                        .max(4 * shape.steps)
                 }
             }
         };

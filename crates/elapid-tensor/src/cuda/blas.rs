@@ -221,19 +221,28 @@ impl Gpu {
             // SAFETY: the caller's promise about c and the bias.
             return unsafe { self.without_terms(product) };
         }
-        let turn = self.turn();
-        match self.driver() {
-            // SAFETY: the caller's promise; checked above.
-            Driver::Card(card) => unsafe { card.multiply(product) },
-            Driver::Host => {
-                let product = *product;
-                turn.host(move || {
-                    // SAFETY: as above.
-                    unsafe { blas_host::multiply(&product) };
-                });
-                Ok(())
+        let Product { a, b, c, batch, .. } = *product;
+        let name = || {
+            let sides = |matrix: &Matrix| if matrix.transposed { "T" } else { "" };
+            let (ta, tb) = (sides(&a), sides(&b));
+            let types = format!("{} to {}", a.dtype, c.dtype);
+            format!("product {batch} x {} x {} x {} A{ta} B{tb}, {types}", c.rows, c.cols, a.cols)
+        };
+        self.timed(name, || {
+            let turn = self.turn();
+            match self.driver() {
+                // SAFETY: the caller's promise; checked above.
+                Driver::Card(card) => unsafe { card.multiply(product) },
+                Driver::Host => {
+                    let product = *product;
+                    turn.host(move || {
+                        // SAFETY: as above.
+                        unsafe { blas_host::multiply(&product) };
+                    });
+                    Ok(())
+                }
             }
-        }
+        })
     }
 
     /// C = beta C + bias.

@@ -11,6 +11,7 @@ use super::error::{GpuError, Result};
 use super::graph::Recording;
 use super::host::{self, HostModule};
 use super::memory::Pool;
+use super::profile::Profile;
 use super::source::{KernelArguments, Source};
 
 /// A GPU. Clones are the same GPU with the same memory, stream and kernels.
@@ -23,6 +24,7 @@ struct Inner {
     tf32: AtomicBool,
     pool: Mutex<Pool>,
     recording: RwLock<Option<Recording>>,
+    profile: Mutex<Option<Profile>>,
     modules: Mutex<HashMap<String, Module>>,
 }
 
@@ -196,6 +198,7 @@ impl Gpu {
             tf32: AtomicBool::new(false),
             pool: Mutex::new(Pool::default()),
             recording: RwLock::new(None),
+            profile: Mutex::new(None),
             modules: Mutex::new(HashMap::new()),
         }))
     }
@@ -265,6 +268,18 @@ impl Gpu {
         if launch.grid.contains(&0) {
             return Ok(());
         }
+        // SAFETY: the caller's promise.
+        self.timed(|| kernel.name.clone(), || unsafe { self.carry_out(kernel, launch, arguments) })
+    }
+
+    /// # Safety
+    /// As [`Gpu::launch`].
+    unsafe fn carry_out<A: KernelArguments>(
+        &self,
+        kernel: &Kernel,
+        launch: Launch,
+        arguments: &A,
+    ) -> Result<()> {
         let pointer = std::ptr::from_ref(arguments).cast::<c_void>();
         let turn = self.turn();
         match (self.driver(), kernel.entry) {
@@ -383,6 +398,10 @@ impl Gpu {
                 Ok(())
             }
         }
+    }
+
+    pub(super) fn profile(&self) -> &Mutex<Option<Profile>> {
+        &self.0.profile
     }
 
     pub(super) fn recording(&self) -> &RwLock<Option<Recording>> {

@@ -22,6 +22,7 @@ mod graph;
 mod host;
 pub mod libraries;
 mod memory;
+mod profile;
 mod source;
 #[cfg(test)]
 mod tests;
@@ -33,4 +34,5 @@ pub use gpu::{Event, Gpu, GpuId, Kernel, Launch, Module};
 pub use graph::Graph;
 pub(crate) use memory::DeviceBlock;
 pub use memory::{DeviceBuffer, DeviceSlice, Usage};
+pub use profile::Profiled;
 pub use source::{KernelArguments, Source};

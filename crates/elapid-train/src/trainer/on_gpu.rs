@@ -105,7 +105,7 @@ impl GpuStep {
         })?;
 
         // A carried state is in other memory every time.
-        if !again || carried.is_some() {
+        if !again || carried.is_some() || self.gpu.is_profiling() {
             self.recorded = None;
         } else if self.recorded.is_none() {
             // What the first step left waiting would stand beside the graph's own memory.

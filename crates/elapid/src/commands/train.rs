@@ -8,6 +8,7 @@ use clap::Args;
 use elapid_infer::{Options, Request, Sampling, Vocabulary, generate};
 use elapid_models::LanguageModel;
 use elapid_tensor::DType;
+use elapid_tensor::cuda::Profiled;
 use elapid_train::config::{Compute, RunConfig};
 use elapid_train::plot::Reference;
 use elapid_train::trainer::{Hooks, Outcome, Trainer};
@@ -49,6 +50,9 @@ pub struct Arguments {
     /// Check the configuration and the data, say what would be done, and stop
     #[arg(long)]
     dry_run: bool,
+    /// On a GPU: time every kernel, and show at the end where the time went (slower: steps are not recorded)
+    #[arg(long)]
+    profile: bool,
     #[command(flatten)]
     json: JsonArgument,
 }
@@ -79,7 +83,19 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
         return Ok(());
     }
     let (done, steps) = trainer.steps();
+    let profiled = match (arguments.profile, placement.device.gpu()?) {
+        (true, None) => {
+            return Err(Usage::new("--profile times the kernels of a GPU: --device cuda").into());
+        }
+        (profile, gpu) => gpu.filter(|_| profile),
+    };
+    if let Some(gpu) = &profiled {
+        gpu.start_profile();
+    }
     let outcome = train(&mut trainer, Vec::new(), arguments.quiet)?;
+    if let Some(gpu) = &profiled {
+        eprint!("{}", profile(&gpu.end_profile()?));
+    }
     if arguments.json.json {
         print_json(&summary(&trainer, &outcome))?;
     }
@@ -97,6 +113,21 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Kernels by their share of the time.
+fn profile(calls: &[Profiled]) -> Table {
+    const SHOWN: usize = 40;
+    let all: f64 = calls.iter().map(|call| call.milliseconds).sum();
+    let mut table = Table::default();
+    table.row("kernel", format!("{all:.1} ms in all"));
+    for call in calls.iter().take(SHOWN) {
+        let share = 100.0 * call.milliseconds / all.max(1e-9);
+        let (ms, count) = (call.milliseconds, call.calls);
+        let each = ms / count.max(1) as f64;
+        table.row(&call.name, format!("{share:5.1} %  {ms:9.2} ms  {count:>6} x {each:.4} ms"));
+    }
+    table
 }
 
 /// Settles where a run computes: as the command line says, or else the configuration, or else on the first GPU.
