@@ -1,4 +1,5 @@
-//! `elapid bench`: a quick run gives every figure, each positive and finite; wrong words are refused.
+//! `elapid bench`: a quick run gives every figure, each positive and finite, also of the emulated GPU; wrong words are
+//! refused.
 
 mod program;
 
@@ -99,8 +100,59 @@ fn single_subjects_repeats_and_threads() {
 }
 
 #[test]
+fn a_quick_run_on_the_emulated_gpu() {
+    if let Err(error) = elapid::tensor::cuda::Gpu::emulated() {
+        eprintln!("SKIPPED: elapid bench on the emulated GPU: {error}");
+        return;
+    }
+    let call = "bench --device cuda:emulated --quick ops train --repeats 2 --json";
+    let outcome = Program::new().run(&call.split(' ').collect::<Vec<_>>());
+    for word in ["emulated on the host", "constant of the H200", "share", "launch by launch"] {
+        assert!(outcome.err.contains(word), "{word} is not in {}", outcome.err);
+    }
+    let report = outcome.json();
+    assert_eq!(
+        (&report["device"]["id"], &report["dtype"]),
+        (&"cuda:emulated".into(), &"bf16".into())
+    );
+    let names = names(&report);
+    for operation in ["selective_scan", "causal_conv1d", "rms_norm", "embedding"] {
+        for pass in ["forward", "backward"] {
+            let name = format!("{operation} {pass}");
+            assert!(names.contains(&name.as_str()), "{name}: {names:?}");
+        }
+    }
+    for job in ["linear_cross_entropy", "mamba mixer"] {
+        let name = format!("{job} forward and backward");
+        assert!(names.contains(&name.as_str()), "{name}: {names:?}");
+    }
+    assert!(names.contains(&"adamw step"), "{names:?}");
+    let training = report["training"].as_array().unwrap();
+    assert_eq!(training.len(), 2, "{training:?}");
+    assert!(training.iter().all(|model| model["fits"] == true), "{training:?}");
+
+    let mut found = Vec::new();
+    for part in ["limits", "figures", "training", "seconds"] {
+        numbers(&report[part], part.into(), &mut found);
+    }
+    found.retain(|(path, _)| !path.contains(".work."));
+    assert!(found.len() > 100, "{}", found.len());
+    for (path, number) in found {
+        assert!(number.is_finite() && number > 0.0, "{path} is {number}");
+    }
+    assert!(report["inference"].is_null() && report["scan_scaling"].as_array().unwrap().is_empty());
+}
+
+#[test]
 fn wrong_calls() {
     let program = Program::new();
     program.run(&["bench", "scam"]).fails(2, &["scam", "scan"]);
     program.run(&["bench", "--repeats", "0"]).fails(2, &["--repeats"]);
+    program.run(&["bench", "--quick", "--model-shape", "130m"]).fails(2, &["--device cuda"]);
+    program.run(&["bench", "--quick", "--dtype", "bf16"]).fails(2, &["f32"]);
+    let unknown = ["bench", "--device", "cuda:emulated", "--model-shape", "131m"];
+    program.run(&unknown).fails(2, &["131m", "mamba-130m"]);
+    if elapid::tensor::cuda::Gpu::emulated().is_ok() {
+        program.run(&["bench", "--device", "cuda:emulated"]).fails(2, &["--quick"]);
+    }
 }

@@ -13,7 +13,7 @@ use super::gpu::{Driver, Gpu};
 pub struct Usage {
     /// In buffers that are in use now.
     pub in_use: usize,
-    /// The largest `in_use` so far.
+    /// The largest `in_use` so far, or since [`Gpu::reset_peak`].
     pub peak: usize,
     /// In blocks that wait to be used again.
     pub cached: usize,
@@ -201,6 +201,12 @@ impl Gpu {
     /// Memory held by this program.
     pub fn usage(&self) -> Usage {
         self.pool().usage
+    }
+
+    /// Starts [`Usage::peak`] anew, from what is in use now.
+    pub fn reset_peak(&self) {
+        let mut pool = self.pool();
+        pool.usage.peak = pool.usage.in_use;
     }
 
     /// Gives waiting blocks back to the driver.

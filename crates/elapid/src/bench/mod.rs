@@ -2,8 +2,10 @@
 //!
 //! `limits.rs` finds what the machine can do at most (with the loops of `loops.rs`), `sampling.rs` times a piece
 //! of work in turn with the limits that matter to it and makes a figure of both. The other files are the
-//! work: single operations, the scan at growing lengths, a training step, prefill and decode.
+//! work: single operations, the scan at growing lengths, a training step, prefill and decode. `gpu/` is the
+//! same for a GPU.
 
+pub mod gpu;
 mod inference;
 mod inputs;
 mod limits;

@@ -106,7 +106,7 @@ pub fn run(bench: &Bench) -> Result<Scaling> {
 }
 
 /// Slope of the least-squares line through the points.
-fn slope(points: impl Iterator<Item = (f64, f64)> + Clone) -> f64 {
+pub fn slope(points: impl Iterator<Item = (f64, f64)> + Clone) -> f64 {
     let count = points.clone().count() as f64;
     let (x, y) = points.clone().fold((0.0, 0.0), |sum, p| (sum.0 + p.0, sum.1 + p.1));
     let (x, y) = (x / count, y / count);

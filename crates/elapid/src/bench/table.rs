@@ -14,7 +14,8 @@ pub fn duration(seconds: f64) -> String {
     }
 }
 
-fn percent(share: f64) -> String {
+/// A share as people read it.
+pub fn percent(share: f64) -> String {
     format!("{:.1} %", share * 100.0)
 }
 
@@ -86,7 +87,7 @@ pub fn text(report: &Report) -> String {
 }
 
 /// Rows under their heads: the first column to the left, the others to the right.
-fn columns<const K: usize>(rows: &[[String; K]]) -> String {
+pub fn columns<const K: usize>(rows: &[[String; K]]) -> String {
     let mut widths = [0; K];
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {

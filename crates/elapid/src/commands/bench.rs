@@ -1,14 +1,18 @@
 //! `elapid bench`: how fast this machine runs the work of Elapid, each figure beside what the machine can do
-//! at most, measured in the same run.
+//! at most, measured in the same run; or how fast its GPU does.
 
 use anyhow::Result;
 use clap::Args;
 use clap::ValueEnum as _;
+use elapid_tensor::cuda::Gpu;
+use elapid_tensor::{DType, Device};
 use serde::Serialize;
 
 use super::doctor::machine::Machine;
-use crate::bench::{self, Report, Subject};
-use crate::cli::JsonArgument;
+use crate::bench::gpu::{self, ModelShape, Settings};
+use crate::bench::{self, Subject};
+use crate::cli::{Choice, Global, JsonArgument};
+use crate::exit::Usage;
 use crate::output::print_json;
 
 const EXAMPLES: &str = "\
@@ -18,6 +22,10 @@ Examples:
   elapid bench ops scan --json        single operations, raw figures on stdout
   elapid bench --quick                tiny sizes, some seconds: does everything run?
   elapid bench decode --threads 1
+  elapid bench --device cuda          the same work on a GPU, some minutes
+  elapid bench train --device cuda --model-shape 130m --model-shape 1.4b:8x2048
+
+Without --device, or with auto, the CPU is measured. On a GPU models compute in bf16 unless --dtype says f32.
 
 A share is what the work must move or compute at least, over what the machine moves or computes at most in
 that time. Let nothing else run meanwhile. The table goes to stderr.";
@@ -35,12 +43,16 @@ pub struct Arguments {
     /// Times each figure is taken; the median counts [default: 9, quick 3]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1000))]
     repeats: Option<u16>,
+    /// Model that `train` takes on a GPU, and its batch (S sequences of L tokens): 130m, 370m, 1.4b, .., bytes, tiny;
+    /// several times for several [default: bytes, 130m, 370m, 1.4b with 8 and with 16 sequences]
+    #[arg(long, value_name = "NAME[:SxL]")]
+    model_shape: Vec<ModelShape>,
     #[command(flatten)]
     json: JsonArgument,
 }
 
 #[derive(Debug, Serialize)]
-struct Document {
+struct Document<R> {
     elapid: &'static str,
     /// The compiler that built this program, if known.
     rustc: Option<&'static str>,
@@ -54,42 +66,103 @@ struct Document {
     load_after: Option<[f64; 3]>,
     seconds: f64,
     #[serde(flatten)]
-    report: Report,
+    report: R,
 }
 
 /// Measures and reports.
-pub fn run(arguments: &Arguments) -> Result<()> {
+pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
+    match global.device {
+        None | Some(Choice::Auto | Choice::Device(Device::Cpu)) => on_cpu(arguments, global),
+        Some(Choice::Device(device)) => match device.gpu()? {
+            None => on_cpu(arguments, global),
+            Some(gpu) => on_gpu(arguments, global, &gpu),
+        },
+    }
+}
+
+fn on_cpu(arguments: &Arguments, global: &Global) -> Result<()> {
+    if !arguments.model_shape.is_empty() {
+        return Err(Usage::new("--model-shape is for a GPU: add --device cuda").into());
+    }
+    if let Some(dtype) = global.dtype.filter(|&dtype| dtype != DType::F32) {
+        let message = format!("--dtype {dtype}: the CPU computes in f32 (a GPU: --device cuda)");
+        return Err(Usage::new(message).into());
+    }
+    let machine = Machine::this();
+    let threads = rayon::current_num_threads();
+    let (document, text) = measured(arguments, machine, |what, repeats, machine| {
+        let report = bench::run(what, arguments.quick, repeats, threads, machine.free_bytes)?;
+        let text = report.to_text();
+        Ok((report, text))
+    })?;
+    print(arguments, &document, &heading(&document), &text)
+}
+
+fn on_gpu(arguments: &Arguments, global: &Global, gpu: &Gpu) -> Result<()> {
+    if gpu.is_emulated() && !arguments.quick {
+        let message = "cuda:emulated is for tests and has no speed to measure: add --quick";
+        return Err(Usage::new(message).into());
+    }
+    let (document, text) = measured(arguments, Machine::this(), |subjects, repeats, _| {
+        let settings = Settings {
+            subjects,
+            quick: arguments.quick,
+            repeats,
+            dtype: global.dtype.unwrap_or(DType::BF16),
+            models: &arguments.model_shape,
+        };
+        let report = gpu::run(gpu, &settings)?;
+        let text = report.to_text();
+        Ok((report, text))
+    })?;
+    let heading = format!("{} ({gpu}), {}", document.report.device_name(), heading(&document));
+    print(arguments, &document, &heading, &text)
+}
+
+/// Measures, and describes what was measured, where and when.
+fn measured<R: Serialize>(
+    arguments: &Arguments,
+    machine: Machine,
+    measure: impl FnOnce(&[Subject], usize, &Machine) -> Result<(R, String)>,
+) -> Result<(Document<R>, String)> {
     let what = match arguments.what.as_slice() {
         [] => Subject::value_variants().to_vec(),
         some => some.to_vec(),
     };
     let repeats = arguments.repeats.map_or(if arguments.quick { 3 } else { 9 }, usize::from);
-    let threads = rayon::current_num_threads();
-    let machine = Machine::this();
     let load_before = load();
     let started = std::time::Instant::now();
-    let report = bench::run(&what, arguments.quick, repeats, threads, machine.free_bytes)?;
+    let (report, text) = measure(&what, repeats, &machine)?;
     let document = Document {
         elapid: env!("CARGO_PKG_VERSION"),
         rustc: option_env!("ELAPID_RUSTC"),
         what,
         quick: arguments.quick,
         repeats,
-        threads,
+        threads: rayon::current_num_threads(),
         machine,
         load_before,
         load_after: load(),
         seconds: started.elapsed().as_secs_f64(),
         report,
     };
-    eprint!("\n{}{}", heading(&document), document.report.to_text());
+    Ok((document, text))
+}
+
+fn print<R: Serialize>(
+    arguments: &Arguments,
+    document: &Document<R>,
+    heading: &str,
+    text: &str,
+) -> Result<()> {
+    eprint!("\n{heading}{text}");
     if arguments.json.json {
-        print_json(&document)?;
+        print_json(document)?;
     }
     Ok(())
 }
 
-fn heading(document: &Document) -> String {
+fn heading<R>(document: &Document<R>) -> String {
     let machine = &document.machine;
     let load =
         |load: Option<[f64; 3]>| load.map_or("unknown".into(), |load| format!("{:.1}", load[0]));

@@ -27,7 +27,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Generate(arguments) => generate::run(&arguments, &cli.global),
         Command::Forward(arguments) => forward::run(&arguments, &cli.global),
         Command::Inspect(arguments) => inspect::run(&arguments),
-        Command::Bench(arguments) => bench::run(&arguments),
+        Command::Bench(arguments) => bench::run(&arguments, &cli.global),
         Command::Doctor(arguments) => doctor::run(&arguments, &cli.global),
         Command::Completions(arguments) => completions::run(&arguments),
     }
