@@ -1,7 +1,5 @@
 //! Rows of a table by token id on a GPU, and the table's gradient.
 
-use std::collections::BTreeMap;
-
 use elapid_tensor::cuda::{
     DeviceBuffer, DeviceSlice, Gpu, KernelArguments, Launch, Result, Source,
 };
@@ -84,27 +82,39 @@ struct Sorted {
 impl Sorted {
     fn new(ids: &[u32], classes: usize) -> Result<Self> {
         const WHOLE: u32 = u32::MAX;
-        let mut tokens: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+        // By counting: a step waits for this.
+        let mut place = vec![0u32; classes + 1];
         for (token, &id) in ids.iter().enumerate() {
-            if id as usize >= classes {
-                let message = format!("token {token} has id {id}, the table {classes} rows");
-                return Err(wrong(OP, message));
+            match place.get_mut(id as usize + 1) {
+                Some(count) => *count += 1,
+                None => {
+                    let message = format!("token {token} has id {id}, the table {classes} rows");
+                    return Err(wrong(OP, message));
+                }
             }
-            tokens.entry(id).or_default().push(token as u32);
         }
-        let (mut order, mut pieces, mut joins) = (Vec::with_capacity(ids.len()), vec![], vec![]);
-        let mut rows = 0u32;
-        for (&id, tokens) in &tokens {
-            let count = tokens.len().div_ceil(PIECE) as u32;
+        let (mut pieces, mut joins) = (vec![], vec![]);
+        let (mut first, mut rows) = (0u32, 0u32);
+        for id in 0..classes {
+            let tokens = place[id + 1];
+            place[id] = first;
+            let count = tokens.div_ceil(PIECE as u32);
             if count > 1 {
-                joins.push([rows, count, id, 0]);
+                joins.push([rows, count, id as u32, 0]);
             }
-            for piece in tokens.chunks(PIECE) {
+            for piece in 0..count {
+                let start = piece * PIECE as u32;
                 let row = if count > 1 { rows } else { WHOLE };
                 rows += u32::from(count > 1);
-                pieces.push([order.len() as u32, piece.len() as u32, id, row]);
-                order.extend_from_slice(piece);
+                pieces.push([first + start, (tokens - start).min(PIECE as u32), id as u32, row]);
             }
+            first += tokens;
+        }
+        let mut order = vec![0u32; ids.len()];
+        for (token, &id) in ids.iter().enumerate() {
+            let next = &mut place[id as usize];
+            order[*next as usize] = token as u32;
+            *next += 1;
         }
         // An id has at most one piece that is not full, and several only if it has a full one.
         let full = ids.len() / PIECE;

@@ -44,8 +44,9 @@ pub struct Arguments {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1000))]
     repeats: Option<u16>,
     /// Model that `train` takes on a GPU, and its batch (S sequences of L tokens): 130m, 370m, 1.4b, .., bytes, tiny;
-    /// several times for several [default: bytes, 130m, 370m, 1.4b with 8 and with 16 sequences]
-    #[arg(long, value_name = "NAME[:SxL]")]
+    /// `:keep` behind it keeps activations rather than make them again; several times for several [default: bytes,
+    /// 130m, 370m, 1.4b with 8 and with 16 sequences]
+    #[arg(long, value_name = "NAME[:SxL][:keep]")]
     model_shape: Vec<ModelShape>,
     #[command(flatten)]
     json: JsonArgument,

@@ -77,7 +77,10 @@ fn row(figure: &Figure) -> [String; 6] {
 }
 
 fn training(training: &Training) -> [String; 7] {
-    let how = if training.recorded { "" } else { ", launch by launch" };
+    let mut how = if training.recorded { "" } else { ", launch by launch" }.to_owned();
+    if !training.recompute {
+        how.push_str(", kept");
+    }
     let name = format!(
         "{}, {} x {}, {}{how}",
         training.model, training.sequences, training.length, training.dtype

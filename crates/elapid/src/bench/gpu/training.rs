@@ -34,18 +34,23 @@ pub struct ModelShape {
     config: MambaConfig,
     sequences: usize,
     length: usize,
+    recompute: bool,
 }
 
 impl FromStr for ModelShape {
     type Err = String;
 
     /// Parses `tiny` or `bytes` (byte-level, D 32 and 64), or a published size, with or without `mamba-`; behind a colon
-    /// the batch, `SxL`.
+    /// the batch, `SxL`; behind another `keep`, if activations are to be kept rather than made again in backward.
     fn from_str(text: &str) -> Result<Self, String> {
-        let (name, batch) = match text.split_once(':') {
-            Some((name, batch)) => (name, Some(batch)),
-            None => (text, None),
-        };
+        let mut parts = text.split(':');
+        let name = parts.next().unwrap_or_default();
+        let mut parts: Vec<&str> = parts.collect();
+        let recompute = parts.pop_if(|last| *last == "keep").is_none();
+        let batch = parts.pop();
+        if !parts.is_empty() {
+            return Err("expected NAME, NAME:SxL, NAME:keep or NAME:SxL:keep".into());
+        }
         let preset = || {
             let name =
                 if name.starts_with("mamba") { name.into() } else { format!("mamba-{name}") };
@@ -73,7 +78,7 @@ impl FromStr for ModelShape {
                 count(sequences).zip(count(length)).ok_or_else(wrong)?
             }
         };
-        Ok(Self { name, config, sequences, length })
+        Ok(Self { name, config, sequences, length, recompute })
     }
 }
 
@@ -92,6 +97,8 @@ pub struct Training {
     pub dtype: &'static str,
     /// Whether the launches of a step are recorded once and carried out as a graph, or made one by one each time.
     pub recorded: bool,
+    /// Whether backward makes cheap activations again or finds them kept.
+    pub recompute: bool,
     /// Whether the card's memory is enough; if not, `steps` is missing.
     pub fits: bool,
     /// What was measured.
@@ -156,7 +163,12 @@ fn measure(bench: &Bench, model: &ModelShape, recorded: bool) -> Result<Training
         Err(error) => return Err(error),
     };
     gpu.trim()?;
-    let how = if recorded { "recorded" } else { "launch by launch" };
+    let how = match (recorded, model.recompute) {
+        (true, true) => "recorded",
+        (true, false) => "recorded, activations kept",
+        (false, true) => "launch by launch",
+        (false, false) => "launch by launch, activations kept",
+    };
     let found = steps.as_ref().map_or("does not fit".into(), |steps| {
         format!(
             "{} a step, {} tokens/s, {:.1} % of {}, peak {}",
@@ -175,6 +187,7 @@ fn measure(bench: &Bench, model: &ModelShape, recorded: bool) -> Result<Training
         length: model.length,
         dtype: bench.dtype.name(),
         recorded,
+        recompute: model.recompute,
         fits: steps.is_some(),
         steps,
     })
@@ -183,6 +196,7 @@ fn measure(bench: &Bench, model: &ModelShape, recorded: bool) -> Result<Training
 fn steps(bench: &Bench, shape: &ModelShape, recorded: bool) -> Result<Steps> {
     let ModelShape { config, sequences, length, .. } = shape;
     let mut model = values::model(config, bench.device(), bench.dtype)?;
+    model.set_recompute(shape.recompute);
     let options = OptimizerConfig::default();
     let mut optimizer = AdamW::new(&options, &mut model)?;
     let mut watch = NormWatch::default();
@@ -270,7 +284,17 @@ mod tests {
         assert_eq!((small.name.as_str(), small.sequences, small.length), ("mamba-130m", 32, 2048));
         assert_eq!(small, shape("mamba-130m:32x2048").unwrap());
         assert_eq!(shape("1.4b:16x1024").unwrap().length, 1024);
-        for wrong in ["131m", "130m:8", "130m:0x2", "130m:8x", "bytes:8 x 2"] {
+        assert!(small.recompute && !shape("130m:keep").unwrap().recompute);
+        assert!(!shape("130m:8x64:keep").unwrap().recompute);
+        for wrong in [
+            "131m",
+            "130m:8",
+            "130m:0x2",
+            "130m:8x",
+            "bytes:8 x 2",
+            "130m:1x2:3x4",
+            "130m:keep:1x2",
+        ] {
             assert!(shape(wrong).is_err(), "{wrong}");
         }
     }

@@ -81,18 +81,20 @@ pub fn model(config: &MambaConfig, device: Device, dtype: DType) -> Result<Langu
         let size = 1.0 / (shape.last().copied().unwrap_or(1) as f64).sqrt();
         match parameter.kind {
             Kind::Scale => values.fill(1.0),
-            Kind::Recurrence if parameter.name.ends_with("A_log") => {
+            Kind::Recurrence => {
                 let states = shape.last().copied().unwrap_or(1).max(1);
                 for (i, value) in values.iter_mut().enumerate() {
                     *value = ((i % states + 1) as f32).ln();
                 }
             }
-            Kind::Recurrence => values.fill(1.0),
-            // Softplus of it is a usual first step size.
-            Kind::Bias if parameter.name.ends_with("dt_proj.bias") => values.fill(-4.6),
+            Kind::Skip => values.fill(1.0),
+            // The bias: softplus of it is a usual first step size.
+            Kind::DeltaProjection if shape.len() == 1 => values.fill(-4.6),
             Kind::Bias => values.fill(0.0),
             Kind::Embedding => fill(&mut values, seed, between(-0.035, 0.035)),
-            Kind::Projection | Kind::Convolution => fill(&mut values, seed, between(-size, size)),
+            Kind::Projection | Kind::Convolution | Kind::DeltaProjection => {
+                fill(&mut values, seed, between(-size, size));
+            }
         }
         *parameter.tensor = Tensor::from_buffer(values, shape)?.to(device)?.requires_grad();
         Ok(())
