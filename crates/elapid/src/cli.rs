@@ -4,6 +4,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use elapid_models::LanguageModel;
 use elapid_tensor::{DType, Device};
@@ -88,7 +89,9 @@ impl Global {
         let (device, reason) = match self.device {
             None | Some(Choice::Auto) => Device::best(),
             Some(Choice::Device(device)) => {
-                device.gpu()?;
+                device.gpu().with_context(|| {
+                    format!("--device {device} cannot be used (--device cpu always can)")
+                })?;
                 (device, None)
             }
         };

@@ -53,8 +53,10 @@ fn wrong_calls_exit_with_2_and_say_why() {
     generate(&["--tokens", "1,256"]).fails(2, &["token 256", "256 tokens"]);
     generate(&["--threads", "0"]).fails(2, &["--threads"]);
     generate(&["--device", "tpu"]).fails(2, &["tpu", "cpu"]);
-    generate(&["--device", "cuda:0"]).fails(2, &["CPU only"]);
-    generate(&["--dtype", "bf16"]).fails(2, &["f32", "bf16"]);
+    // Whether the driver or only the card is missing.
+    generate(&["--device", "cuda:99"]).fails(1, &["--device cuda:99", "--device cpu"]);
+    generate(&["--device", "cpu", "--dtype", "bf16"]).fails(2, &["f32", "bf16"]);
+    generate(&["--dtype", "f64"]).fails(2, &["f64", "bf16"]);
 }
 
 #[test]
