@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use elapid_tensor::autograd::Place;
 use elapid_tensor::cuda::{DeviceBuffer, DeviceSlice, Gpu, GpuError, Result};
 use elapid_tensor::{DType, Device, Element, Error, Sequences, Shape, Tensor, bf16};
 
@@ -64,6 +65,48 @@ pub(crate) fn scratch_tensor(
         DType::BF16 => Tensor::from_device(gpu.scratch::<bf16>(shape.elements())?, shape),
         _ => Err(Error::Unsupported { op, device: Device::Cuda(gpu.id()), dtype }),
     }
+}
+
+/// Address and row stride of the place of a gradient `[rows, width]`.
+///
+/// # Errors
+/// If the place has another shape.
+pub(crate) fn place_of(
+    op: &'static str,
+    place: &Place,
+    rows: usize,
+    width: usize,
+) -> elapid_tensor::Result<(u64, usize)> {
+    if *place.shape() != [rows, width] {
+        let found = place.shape();
+        let message = format!("the place of a gradient is {found}, expected [{rows}, {width}]");
+        return Err(wrong(op, message).into());
+    }
+    Ok((place.address()?, place.stride()))
+}
+
+/// Address and row stride of what a launch writes as `[rows, width]`: a place that was asked for, or a buffer of its own.
+///
+/// # Errors
+/// As [`place_of`].
+pub(crate) fn target<T: Element>(
+    op: &'static str,
+    place: Option<&Place>,
+    own: &DeviceBuffer<T>,
+    (rows, width): (usize, usize),
+) -> elapid_tensor::Result<(u64, i64)> {
+    let Some(place) = place else { return Ok((own.address(), width as i64)) };
+    let (address, stride) = place_of(op, place, rows, width)?;
+    Ok((address, stride as i64))
+}
+
+/// A gradient that a launch wrote to its place, or to a buffer of its own.
+pub(crate) fn placed<T: Element>(
+    place: Option<Place>,
+    own: DeviceBuffer<T>,
+    shape: Shape,
+) -> elapid_tensor::Result<Tensor> {
+    place.map_or_else(|| Tensor::from_device(own, shape), |place| Ok(place.filled()))
 }
 
 /// Blocks along x for a kernel whose blocks go round until all is done: as many as asked for, up to some for each

@@ -55,6 +55,27 @@ impl Tensor {
         }
     }
 
+    /// Unwritten memory on a GPU, or zeros on the host.
+    pub(crate) fn scratch_on(device: Device, dtype: DType, shape: Shape) -> Result<Self> {
+        match device.gpu()? {
+            None => Self::zeros_on(device, dtype, shape),
+            Some(gpu) => {
+                let block = gpu.scratch_block(shape.elements() * dtype.size())?;
+                Ok(Self::from_device_block(block, dtype, shape))
+            }
+        }
+    }
+
+    /// Writes values into this view of a storage of which nobody else uses this part.
+    pub(crate) fn fill_place(&self, values: &Tensor) -> Result<()> {
+        const OP: &str = "split";
+        values.expect_shape(OP, "gradient of a part", &self.shape)?;
+        values.expect_device(OP, "gradient of a part", self.device())?;
+        // SAFETY: a view lies within its storage; the caller alone uses this part of it.
+        unsafe { copy::copy(self.device_block()?.gpu(), &values.layout()?, &self.layout()?)? };
+        Ok(())
+    }
+
     /// The same values on another device; free if they are there. Their gradient comes back to this one.
     ///
     /// # Errors

@@ -1,7 +1,9 @@
 //! Views and copies: reshape, transpose, narrow, split, concatenate, cast. Views are free and strided;
 //! each records its gradient.
 
-use crate::autograd::record;
+use std::sync::Arc;
+
+use crate::autograd::{Joined, record, record_joined};
 use crate::{Buffer, DType, Device, Element, Error, MAX_RANK, Result, Shape, Tensor};
 
 /// Runs an expression with `$T` bound to the Rust type of a `DType`.
@@ -159,7 +161,7 @@ impl Tensor {
         Ok(self.record_view("transpose", view, move |grad| grad.transpose(a, b)))
     }
 
-    fn narrowed(&self, axis: usize, start: usize, len: usize) -> Result<Tensor> {
+    pub(crate) fn narrowed(&self, axis: usize, start: usize, len: usize) -> Result<Tensor> {
         if axis >= self.rank() || start.checked_add(len).is_none_or(|end| end > self.shape[axis]) {
             return Err(self.shape_error(
                 "narrow",
@@ -195,7 +197,8 @@ impl Tensor {
         }))
     }
 
-    /// Consecutive parts of an axis, `lengths` long each: views. Their gradients join in one copy.
+    /// Consecutive parts of an axis, `lengths` long each: views. Their gradients join in one copy, or on a GPU
+    /// are written where they belong ([`Backward::place`](crate::autograd::Backward::place)).
     ///
     /// # Errors
     /// If the lengths do not add up to the axis.
@@ -215,10 +218,16 @@ impl Tensor {
         }
         let shapes: Vec<Shape> = parts.iter().map(|part| part.shape).collect();
         let (device, mut dtype) = (self.device(), self.gradient_dtype());
-        Ok(record("split", &[self], parts, || {
+        let joined = Joined::new(self, self.dtype, axis, lengths).map(Arc::new);
+        Ok(record_joined("split", &[self], parts, joined.clone(), || {
             move |context: &mut crate::autograd::Backward| {
                 let given: Vec<Option<Tensor>> =
                     (0..shapes.len()).map(|i| context.take_grad(i)).collect();
+                if let Some(joined) = joined
+                    && let Some(whole) = joined.take(&given)?
+                {
+                    return Ok(vec![Some(whole)]);
+                }
                 dtype = given.iter().flatten().next().map_or(dtype, |grad| grad.dtype);
                 let grads = given
                     .into_iter()

@@ -1,10 +1,11 @@
 //! The convolution on a GPU: what `cuda.cu` is given and in what order.
 
+use elapid_tensor::autograd::Place;
 use elapid_tensor::cuda::{
     DeviceBuffer, DeviceSlice, Gpu, KernelArguments, Launch, Module, Result, Source,
 };
 
-use crate::gpu::{DeviceSequences, GpuElement, Rows, array, optional, wrong};
+use crate::gpu::{DeviceSequences, GpuElement, Rows, array, optional, target, wrong};
 
 const OP: &str = "causal_conv1d";
 
@@ -39,7 +40,7 @@ pub struct Inputs<'a, T> {
 /// Gradients by the inputs.
 #[derive(Debug)]
 pub struct Gradients<T> {
-    /// `[T, E]`
+    /// `[T, E]`; empty if a place was given for it.
     pub x: DeviceBuffer<T>,
     /// `[E, W]`
     pub weight: DeviceBuffer<f32>,
@@ -200,7 +201,8 @@ pub fn forward<T: GpuElement>(
     Ok((y, state_out))
 }
 
-/// Gradients by the inputs, given those of the output `[T, E]` and of the state after the batch. The sums of the
+/// Gradients by the inputs, given those of the output `[T, E]` and of the state after the batch; that of x is written to
+/// `dx`, if there is such a place. The sums of the
 /// parameters' gradients have an order that only T decides.
 ///
 /// # Errors
@@ -210,12 +212,13 @@ pub fn backward<T: GpuElement>(
     inputs: &Inputs<'_, T>,
     dy: Rows<'_, T>,
     dstate: Option<DeviceSlice<'_, f32>>,
-) -> Result<Gradients<T>> {
+    dx: Option<&Place>,
+) -> elapid_tensor::Result<Gradients<T>> {
     inputs.check()?;
     let (tokens, channels, width) = (inputs.tokens(), inputs.channels, inputs.width);
     let parts = inputs.run_blocks();
     let found = Gradients {
-        x: gpu.scratch(tokens * channels)?,
+        x: gpu.scratch(if dx.is_some() { 0 } else { tokens * channels })?,
         weight: gpu.scratch(channels * width)?,
         bias: gpu.scratch(channels)?,
         state: match dstate {
@@ -223,6 +226,7 @@ pub fn backward<T: GpuElement>(
             None => gpu.zeros(inputs.state_len())?,
         },
     };
+    let (dx, dx_stride) = target(OP, dx, &found.x, (tokens, channels))?;
     let partial = gpu.scratch::<f32>(parts * (width + 1) * channels)?;
     let arguments = BackwardArguments {
         x: inputs.x.address(OP, tokens, channels)?,
@@ -233,8 +237,8 @@ pub fn backward<T: GpuElement>(
         dy: dy.address(OP, tokens, channels)?,
         dy_stride: dy.stride(),
         dstate: optional(OP, "dstate", dstate, inputs.state_len())?,
-        dx: found.x.address(),
-        dx_stride: channels as i64,
+        dx,
+        dx_stride,
         dstate_in: found.state.address(),
         partial: partial.address(),
         sequences: inputs.sequences.address(),

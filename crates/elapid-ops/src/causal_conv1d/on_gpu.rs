@@ -6,7 +6,9 @@ use elapid_tensor::{Result, Tensor};
 
 use super::cuda::{self, Inputs};
 use super::{OP, Values};
-use crate::gpu::{DeviceSequences, GpuElement, by_rows, rows, slice_of, whole, with_gpu_element};
+use crate::gpu::{
+    DeviceSequences, GpuElement, by_rows, placed, rows, slice_of, whole, with_gpu_element,
+};
 
 impl Values {
     /// Runs `f` on the arguments as the launches want them.
@@ -53,9 +55,10 @@ impl Values {
         };
         let dstate = context.take_grad(1).map(|dstate| whole(&dstate)).transpose()?;
         with_gpu_element!(OP, self.x, T => self.on_gpu::<T, _>(gpu, |inputs| {
-            let found = cuda::backward(gpu, inputs, rows(&dy)?, slice_of(&dstate)?)?;
+            let dx = context.place(0, self.x.dtype())?;
+            let found = cuda::backward(gpu, inputs, rows(&dy)?, slice_of(&dstate)?, dx.as_ref())?;
             let mut grads = vec![
-                Some(Tensor::from_device(found.x, self.x.shape())?),
+                Some(placed(dx, found.x, self.x.shape())?),
                 Some(Tensor::from_device(found.weight, self.weight.shape())?),
             ];
             if let Some(bias) = &self.bias {

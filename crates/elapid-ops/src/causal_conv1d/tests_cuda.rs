@@ -60,7 +60,7 @@ fn check<T: GpuElement>(
         close("state", &widen(&found.1.read().unwrap()), &last, tolerance);
         let dstate = up(&dstate);
         let found =
-            cuda::backward(&gpu, &inputs, Rows::new(&outer, channels), Some(dstate.slice()))
+            cuda::backward(&gpu, &inputs, Rows::new(&outer, channels), Some(dstate.slice()), None)
                 .unwrap();
         close("dx", &from_element(&found.x.read().unwrap()), &grads.x, tolerance);
         close("dstate", &widen(&found.state.read().unwrap()), &grads.state, tolerance);
@@ -107,7 +107,8 @@ fn nan_stays_in_its_document() {
                 silu: true,
             };
             let (y, last) = cuda::forward(&gpu, &inputs).unwrap();
-            let grads = cuda::backward(&gpu, &inputs, Rows::new(&outer, channels), None).unwrap();
+            let grads =
+                cuda::backward(&gpu, &inputs, Rows::new(&outer, channels), None, None).unwrap();
             (y.read().unwrap(), last.read().unwrap(), grads.x.read().unwrap())
         };
         let (clean, dirty) = (run(&clean), run(&dirty));

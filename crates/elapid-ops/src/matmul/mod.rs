@@ -67,7 +67,10 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     bias.expect_shape(OP, "bias", &[n])?;
     let values = bias.detach().contiguous()?;
     let out = match x.gpu() {
-        Some(gpu) => on_gpu::product(gpu, OP, x, &transposed(weight)?, Some(&values), x.dtype())?,
+        Some(gpu) => {
+            let to = on_gpu::To::New(x.dtype());
+            on_gpu::product(gpu, OP, x, &transposed(weight)?, Some(&values), to)?
+        }
         None => {
             let mut out = product(OP, x, &transposed(weight)?, x.dtype())?;
             add_to_rows(out.data_mut::<f32>()?, values.data::<f32>()?);
@@ -88,8 +91,14 @@ fn linear_backward(
     move |context| {
         let inputs = if bias.is_some() { 3 } else { 2 };
         let Some(grad) = context.take_grad(0) else { return Ok(vec![None; inputs]) };
+        let dx = match grad.gpu() {
+            Some(gpu) if context.needs(0) => {
+                Some(on_gpu::gradient(gpu, context, 0, (&grad, &weight.get()?), x_type)?)
+            }
+            _ => wanted(context, 0, || product(OP, &grad, &weight.get()?, x_type))?,
+        };
         let mut grads = vec![
-            wanted(context, 0, || product(OP, &grad, &weight.get()?, x_type))?,
+            dx,
             wanted(context, 1, || product(OP, &transposed(&grad)?, &x.get()?, weight_type))?,
         ];
         if let Some(shape) = bias {
@@ -134,7 +143,7 @@ fn add_to_rows(rows: &mut [f32], bias: &[f32]) {
 /// The product without a place in the graph, of the type `out` (f32 on the host).
 fn product(op: &'static str, a: &Tensor, b: &Tensor, out: DType) -> Result<Tensor> {
     if let Some(gpu) = a.gpu() {
-        return on_gpu::product(gpu, op, a, b, None, out);
+        return on_gpu::product(gpu, op, a, b, None, on_gpu::To::New(out));
     }
     let rank = if a.rank() == 3 { 3 } else { 2 };
     a.expect_rank(op, "a", rank, "[M, K] or [Z, M, K]")?;

@@ -1,18 +1,63 @@
 //! Products of tensors on a GPU.
 
+use elapid_tensor::autograd::{Backward, Place, accumulate};
 use elapid_tensor::cuda::{DeviceBuffer, Gpu, Matrix, Product};
 use elapid_tensor::{DType, Error, Result, Shape, Tensor, bf16};
 
-/// `a b + bias` of 2-D tensors, or 3-D ones without a bias, of any strides; the result is of type `out`. Computes in
-/// bf16 if either is bf16.
+use crate::gpu::place_of;
+
+/// Where a product goes.
+pub(super) enum To {
+    /// A new tensor of this type.
+    New(DType),
+    /// This one, which it is added to.
+    Sum(Tensor),
+    /// The place of a gradient of this type.
+    Place(Place, DType),
+}
+
+impl To {
+    fn dtype(&self) -> DType {
+        match self {
+            To::New(dtype) | To::Place(_, dtype) => *dtype,
+            To::Sum(sum) => sum.dtype(),
+        }
+    }
+}
+
+/// `a b`, the gradient of an input of an operation: brought to its place, or added to what others gave, if it can be.
+pub(super) fn gradient(
+    gpu: &Gpu,
+    context: &mut Backward,
+    input: usize,
+    (a, b): (&Tensor, &Tensor),
+    dtype: DType,
+) -> Result<Tensor> {
+    let to = match context.take_sum(input) {
+        Some(sum) if sum.dtype() == dtype => To::Sum(sum),
+        Some(sum) => {
+            let mut own = product(gpu, context.op(), a, b, None, To::New(dtype))?;
+            accumulate(&mut own, &sum)?;
+            return Ok(own);
+        }
+        None => match context.place(input, dtype)? {
+            Some(place) => To::Place(place, dtype),
+            None => To::New(dtype),
+        },
+    };
+    product(gpu, context.op(), a, b, None, to)
+}
+
+/// `a b + bias` of 2-D tensors, or 3-D ones without a bias, of any strides. Computes in bf16 if either is bf16.
 pub(super) fn product(
     gpu: &Gpu,
     op: &'static str,
     a: &Tensor,
     b: &Tensor,
     bias: Option<&Tensor>,
-    out: DType,
+    to: To,
 ) -> Result<Tensor> {
+    let out = to.dtype();
     let rank = if a.rank() == 3 { 3 } else { 2 };
     a.expect_rank(op, "a", rank, "[M, K] or [Z, M, K]")?;
     b.expect_rank(op, "b", rank, if rank == 3 { "[Z, K, N]" } else { "[K, N]" })?;
@@ -34,22 +79,31 @@ pub(super) fn product(
     let (a, b) = (operand(a, first, compute)?, operand(b, first, compute)?);
     let bias = bias.map(|bias| bias.detach().cast(out)).transpose()?;
     let shape = if rank == 3 { Shape::new(&[batch, m, n]) } else { Shape::new(&[m, n]) };
-    let result = empty(gpu, out, shape)?;
+    let (c, beta, result) = match to {
+        To::New(_) => {
+            let result = empty(gpu, out, shape)?;
+            (Matrix::contiguous(result.device_address()?, out, m, n), 0.0, result)
+        }
+        To::Sum(mut sum) => {
+            sum.expect_shape(op, "sum of gradients", &shape)?;
+            (Matrix::contiguous(sum.device_address_mut()?, out, m, n), 1.0, sum)
+        }
+        To::Place(place, _) => {
+            let (address, stride) = place_of(op, &place, m, n)?;
+            let c = Matrix { stride, ..Matrix::contiguous(address, out, m, n) };
+            (c, 0.0, place.filled())
+        }
+    };
     let product = Product {
         batch,
         tf32: gpu.tf32_allowed(),
         bias: bias.as_ref().map_or(Ok(0), Tensor::device_address)?,
         bias_dtype: out,
-        ..Product::new(
-            matrix(&a, first)?,
-            matrix(&b, first)?,
-            Matrix {
-                batch_stride: m * n,
-                ..Matrix::contiguous(result.device_address()?, out, m, n)
-            },
-        )
+        beta,
+        ..Product::new(matrix(&a, first)?, matrix(&b, first)?, Matrix { batch_stride: m * n, ..c })
     };
-    // SAFETY: the operands are views of live tensors with the extents checked above; the result is new.
+    // SAFETY: the operands are views of live tensors with the extents checked above; the result is new, a sum that
+    // nobody shares, or a place that nobody else uses.
     unsafe { gpu.multiply(&product)? };
     Ok(result)
 }

@@ -1,9 +1,10 @@
 use super::{Matrix, gemm, linear, matmul, reference};
 use crate::testing::{
-    check_gradient, close_tensor, dot, on_threads, random, random_tensor, same_bits, widen,
+    check_gradient, close, close_tensor, devices, dot, on_threads, random, random_tensor,
+    same_bits, widen,
 };
-use elapid_tensor::Tensor;
 use elapid_tensor::autograd::backward;
+use elapid_tensor::{Device, Tensor};
 use proptest::prelude::*;
 
 /// A tensor of the given logical rows and columns, stored in one of the layouts that the models use:
@@ -196,4 +197,39 @@ fn wrong_arguments_are_refused() {
         Matrix::row_major(&[0.0; 3], 2, 2),
         Matrix::row_major(&[0.0; 4], 2, 2)
     ));
+}
+
+/// Parts of a split tensor: one with a single consumer, whose gradient is written where it belongs; one with two, whose
+/// gradients are added; one with none.
+#[test]
+fn gradients_of_parts_meet_in_one_tensor() {
+    const WIDTHS: [usize; 3] = [8, 5, 3];
+    let gradient = |device: Device, consumers: &[(usize, usize)]| -> Tensor {
+        let x = random_tensor(1, [7, 16]).to(device).unwrap().requires_grad();
+        let parts = x.split(1, &WIDTHS).unwrap();
+        let outputs: Vec<Tensor> = consumers
+            .iter()
+            .map(|&(part, seed)| {
+                let weight = random_tensor(seed as u64, [6, WIDTHS[part]]).to(device).unwrap();
+                linear(&parts[part], &weight, None).unwrap()
+            })
+            .collect();
+        let roots: Vec<(&Tensor, Option<Tensor>)> = outputs
+            .iter()
+            .enumerate()
+            .map(|(i, y)| (y, Some(random_tensor(50 + i as u64, [7, 6]).to(device).unwrap())))
+            .collect();
+        let mut found = backward(&roots, &[&x]).unwrap();
+        found.swap_remove(0).unwrap().to(Device::Cpu).unwrap()
+    };
+    let cases: [&[(usize, usize)]; 4] =
+        [&[(0, 10)], &[(1, 11), (0, 12)], &[(1, 13), (2, 14), (1, 15)], &[(0, 1), (1, 2), (2, 3)]];
+    for consumers in cases {
+        let want = gradient(Device::Cpu, consumers);
+        for device in devices() {
+            let got = gradient(device, consumers);
+            let name = format!("{device:?}, {consumers:?}");
+            close(&name, &got.to_f64_vec().unwrap(), &want.to_f64_vec().unwrap(), 1e-5);
+        }
+    }
 }

@@ -1,7 +1,7 @@
 // RMSNorm and LayerNorm over rows, fused with the addition of the residual stream, forward and backward.
 //
 // A block owns a row at a time and keeps it in registers, PACKS packs of four elements a thread, so that memory is
-// read once; it goes on to further rows with the weight still in registers. A row's sums have an order that its width
+// read once, the next row during this one's sums; it goes on to further rows with the weight still in registers. A row's sums have an order that its width
 // and the block's size decide. Statistics are made again in backward. Gradients of weight and bias are summed over
 // the block's rows in order, then over blocks in order.
 //
@@ -16,6 +16,13 @@ using R = SAVED;
 constexpr int PACK = 4;
 #ifndef THREADS
 #define THREADS 1024
+#endif
+// Blocks that a multiprocessor shall hold.
+#ifndef FORWARD_BLOCKS
+#define FORWARD_BLOCKS (THREADS > 1024 / 2 ? 1 : 1024 / THREADS)
+#endif
+#ifndef BACKWARD_BLOCKS
+#define BACKWARD_BLOCKS (THREADS > 1024 / 2 ? 1 : 1024 / THREADS)
 #endif
 
 struct ForwardArguments {
@@ -61,32 +68,32 @@ struct ReduceArguments {
     float* dbias;    // [C], or null
 };
 
-// Four elements from `at` on of a row of `width`; 0 (or `beyond`) behind its end.
-template <class E>
-DEVICE void fetch(float (&to)[PACK], const E* row, int64_t at, int64_t width, bool whole, float beyond = 0.0f) {
-    if (whole && at + PACK <= width) {
-        Pack<E, PACK> pack = load_pack<E, PACK>(row + at);
+// Four elements of a row of `width` from `at` on; 0 behind its end. FAST: rows are whole packs at aligned places.
+template <bool FAST, class E> DEVICE void fetch(float (&to)[PACK], const E* row, int64_t at, int64_t width) {
+    if constexpr (FAST) {
+        Pack<E, PACK> pack{};
+        if (at < width) pack = load_pack<E, PACK>(row + at);
 #pragma unroll
         for (int i = 0; i < PACK; ++i) to[i] = to_float(pack.at[i]);
-        return;
-    }
+    } else {
 #pragma unroll
-    for (int i = 0; i < PACK; ++i) to[i] = at + i < width ? to_float(row[at + i]) : beyond;
+        for (int i = 0; i < PACK; ++i) to[i] = at + i < width ? to_float(row[at + i]) : 0.0f;
+    }
 }
-template <class E> DEVICE void put(E* row, const float (&from)[PACK], int64_t at, int64_t width, bool whole) {
-    if (whole && at + PACK <= width) {
+template <bool FAST, class E> DEVICE void put(E* row, const float (&from)[PACK], int64_t at, int64_t width) {
+    if constexpr (FAST) {
         Pack<E, PACK> pack;
 #pragma unroll
         for (int i = 0; i < PACK; ++i) pack.at[i] = from_float<E>(from[i]);
-        store_pack<E, PACK>(row + at, pack);
-        return;
-    }
+        if (at < width) store_pack<E, PACK>(row + at, pack);
+    } else {
 #pragma unroll
-    for (int i = 0; i < PACK; ++i)
-        if (at + i < width) row[at + i] = from_float<E>(from[i]);
+        for (int i = 0; i < PACK; ++i)
+            if (at + i < width) row[at + i] = from_float<E>(from[i]);
+    }
 }
 
-DEVICE int64_t place(int k) { return (int64_t(k) * blockDim.x + threadIdx.x) * PACK; }
+DEVICE int place(int k) { return (k * int(blockDim.x) + int(threadIdx.x)) * PACK; }
 
 struct Pair {
     float a, b;
@@ -107,12 +114,8 @@ DEVICE Pair block_sums(Pair value, float* room) {
     return {warp_sum(held ? room[lane_id()] : 0.0f), warp_sum(held ? room[WARP + lane_id()] : 0.0f)};
 }
 
-// Any number of blocks along x, whole warps a block. Results do not depend on the number of blocks.
-KERNEL(norm_forward, ForwardArguments, THREADS, 1) {
-    __shared__ float room[WARP];
-    bool x_whole = packable<T, PACK>(args.x, args.x_stride), y_whole = packable<T, PACK>(args.y, args.y_stride);
-    bool in_whole = packable<float, PACK>(args.residual, args.residual_stride);
-    bool out_whole = packable<float, PACK>(args.residual_out, args.residual_out_stride);
+template <bool FAST> DEVICE void forward(const ForwardArguments& args, float* room) {
+    int width = int(args.width);
     float weight[PACKS][PACK], bias[PACKS][PACK];
 #pragma unroll
     for (int k = 0; k < PACKS; ++k) {
@@ -121,28 +124,32 @@ KERNEL(norm_forward, ForwardArguments, THREADS, 1) {
             weight[k][i] = 1.0f;
             bias[k][i] = 0.0f;
         }
-        if (args.weight) fetch(weight[k], args.weight, place(k), args.width, packable<float, PACK>(args.weight, 0));
-        if (args.bias) fetch(bias[k], args.bias, place(k), args.width, packable<float, PACK>(args.bias, 0));
+        if (args.weight) fetch<FAST>(weight[k], args.weight, place(k), width);
+        if (args.bias) fetch<FAST>(bias[k], args.bias, place(k), width);
     }
-    float count = float(args.width);
+    float count = float(width);
+    // Of the row that comes: its loads are under way while this one's sums are.
+    float x[PACKS][PACK], residual[PACKS][PACK];
+    auto load = [&](int64_t row) {
+#pragma unroll
+        for (int k = 0; k < PACKS; ++k) {
+            fetch<FAST>(x[k], args.x + row * args.x_stride, place(k), width);
+            if (args.residual)
+                fetch<FAST>(residual[k], args.residual + row * args.residual_stride, place(k), width);
+        }
+    };
+    if (blockIdx.x < args.rows) load(blockIdx.x);
     for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
         float r[PACKS][PACK];
 #pragma unroll
-        for (int k = 0; k < PACKS; ++k) fetch(r[k], args.x + row * args.x_stride, place(k), args.width, x_whole);
-        if (args.residual) {
-            const float* from = args.residual + row * args.residual_stride;
+        for (int k = 0; k < PACKS; ++k)
 #pragma unroll
-            for (int k = 0; k < PACKS; ++k) {
-                float add[PACK];
-                fetch(add, from, place(k), args.width, in_whole);
-#pragma unroll
-                for (int i = 0; i < PACK; ++i) r[k][i] += add[i];
-            }
-        }
+            for (int i = 0; i < PACK; ++i) r[k][i] = args.residual ? x[k][i] + residual[k][i] : x[k][i];
+        if (row + gridDim.x < args.rows) load(row + gridDim.x);
         if (args.residual_out) {
             float* to = args.residual_out + row * args.residual_out_stride;
 #pragma unroll
-            for (int k = 0; k < PACKS; ++k) put(to, r[k], place(k), args.width, out_whole);
+            for (int k = 0; k < PACKS; ++k) put<FAST>(to, r[k], place(k), width);
         }
         float mean = 0.0f, square = 0.0f;
         if (CENTER) {
@@ -158,7 +165,7 @@ KERNEL(norm_forward, ForwardArguments, THREADS, 1) {
 #pragma unroll
             for (int i = 0; i < PACK; ++i) {
                 float part = r[k][i] - mean;
-                if (place(k) + i < args.width) square = fmaf(part, part, square);
+                if (place(k) + i < width) square = fmaf(part, part, square);
             }
         float scale = 1.0f / sqrtf(block_sum(square, room) / count + float(args.eps));
 #pragma unroll
@@ -166,18 +173,24 @@ KERNEL(norm_forward, ForwardArguments, THREADS, 1) {
             float y[PACK];
 #pragma unroll
             for (int i = 0; i < PACK; ++i) y[i] = fmaf((r[k][i] - mean) * scale, weight[k][i], bias[k][i]);
-            put(args.y + row * args.y_stride, y, place(k), args.width, y_whole);
+            put<FAST>(args.y + row * args.y_stride, y, place(k), width);
         }
     }
 }
 
-// Grid: ceil(rows / rows_per_block), whole warps a block.
-KERNEL(norm_backward, BackwardArguments, THREADS, 1) {
-    __shared__ float room[2 * WARP];
-    bool r_whole = packable<R, PACK>(args.r, args.r_stride), dy_whole = packable<T, PACK>(args.dy, args.dy_stride);
-    bool dsum_whole = packable<float, PACK>(args.dsum, args.dsum_stride);
-    bool dr_whole = packable<float, PACK>(args.dr, args.dr_stride);
-    bool dx_whole = packable<T, PACK>(args.dx, args.dx_stride);
+// Any number of blocks along x, whole warps a block. Results do not depend on the number of blocks.
+KERNEL(norm_forward, ForwardArguments, THREADS, FORWARD_BLOCKS) {
+    __shared__ float room[WARP];
+    bool fast = args.width % PACK == 0 && packable<T, PACK>(args.x, args.x_stride) &&
+                packable<T, PACK>(args.y, args.y_stride) && packable<float, PACK>(args.residual, args.residual_stride) &&
+                packable<float, PACK>(args.residual_out, args.residual_out_stride) &&
+                packable<float, PACK>(args.weight, 0) && packable<float, PACK>(args.bias, 0);
+    if (fast) forward<true>(args, room);
+    else forward<false>(args, room);
+}
+
+template <bool FAST> DEVICE void backward(const BackwardArguments& args, float* room) {
+    int width = int(args.width);
     float weight[PACKS][PACK], dweight[PACKS][PACK], dbias[PACKS][PACK];
 #pragma unroll
     for (int k = 0; k < PACKS; ++k) {
@@ -187,18 +200,33 @@ KERNEL(norm_backward, BackwardArguments, THREADS, 1) {
             dweight[k][i] = 0.0f;
             dbias[k][i] = 0.0f;
         }
-        if (args.weight) fetch(weight[k], args.weight, place(k), args.width, packable<float, PACK>(args.weight, 0));
+        if (args.weight) fetch<FAST>(weight[k], args.weight, place(k), width);
     }
-    float count = float(args.width);
+    float count = float(width);
     int64_t first = int64_t(blockIdx.x) * args.rows_per_block;
     int64_t last = least(first + args.rows_per_block, args.rows);
-    for (int64_t row = first; row < last; ++row) {
-        float r[PACKS][PACK], dy[PACKS][PACK];
+    // As in forward.
+    float next_r[PACKS][PACK], next_dy[PACKS][PACK], next_dsum[PACKS][PACK];
+    auto load = [&](int64_t row) {
 #pragma unroll
         for (int k = 0; k < PACKS; ++k) {
-            fetch(r[k], args.r + row * args.r_stride, place(k), args.width, r_whole);
-            fetch(dy[k], args.dy + row * args.dy_stride, place(k), args.width, dy_whole);
+            fetch<FAST>(next_r[k], args.r + row * args.r_stride, place(k), width);
+            fetch<FAST>(next_dy[k], args.dy + row * args.dy_stride, place(k), width);
+            if (args.dsum) fetch<FAST>(next_dsum[k], args.dsum + row * args.dsum_stride, place(k), width);
         }
+    };
+    if (first < last) load(first);
+    for (int64_t row = first; row < last; ++row) {
+        float r[PACKS][PACK], dy[PACKS][PACK], dsum[PACKS][PACK];
+#pragma unroll
+        for (int k = 0; k < PACKS; ++k)
+#pragma unroll
+            for (int i = 0; i < PACK; ++i) {
+                r[k][i] = next_r[k][i];
+                dy[k][i] = next_dy[k][i];
+                dsum[k][i] = args.dsum ? next_dsum[k][i] : 0.0f;
+            }
+        if (row + 1 < last) load(row + 1);
         // Sums of r and of g = dy weight.
         float mean = 0.0f, middle = 0.0f;
         if (CENTER) {
@@ -220,7 +248,7 @@ KERNEL(norm_backward, BackwardArguments, THREADS, 1) {
         for (int k = 0; k < PACKS; ++k)
 #pragma unroll
             for (int i = 0; i < PACK; ++i) {
-                if (place(k) + i >= args.width) continue;
+                if (place(k) + i >= width) continue;
                 float part = r[k][i] - mean;
                 sums.a = fmaf(part, part, sums.a);
                 sums.b = fmaf(dy[k][i] * weight[k][i], part, sums.b);
@@ -231,27 +259,36 @@ KERNEL(norm_backward, BackwardArguments, THREADS, 1) {
 #pragma unroll
         for (int k = 0; k < PACKS; ++k) {
             float dr[PACK];
-            if (args.dsum) fetch(dr, args.dsum + row * args.dsum_stride, place(k), args.width, dsum_whole);
 #pragma unroll
             for (int i = 0; i < PACK; ++i) {
                 float normed = (r[k][i] - mean) * scale;
                 float grad = scale * (dy[k][i] * weight[k][i] - middle - normed * along);
-                dr[i] = args.dsum ? dr[i] + grad : grad;
+                dr[i] = dsum[k][i] + grad;
                 dweight[k][i] = fmaf(dy[k][i], normed, dweight[k][i]);
                 dbias[k][i] += dy[k][i];
             }
-            if (args.dr) put(args.dr + row * args.dr_stride, dr, place(k), args.width, dr_whole);
-            if (args.dx) put(args.dx + row * args.dx_stride, dr, place(k), args.width, dx_whole);
+            if (args.dr) put<FAST>(args.dr + row * args.dr_stride, dr, place(k), width);
+            if (args.dx) put<FAST>(args.dx + row * args.dx_stride, dr, place(k), width);
         }
     }
     if (!args.partial) return;
-    float* to = args.partial + int64_t(blockIdx.x) * 2 * args.width;
-    bool whole = packable<float, PACK>(args.partial, args.width);
+    float* to = args.partial + int64_t(blockIdx.x) * 2 * width;
 #pragma unroll
     for (int k = 0; k < PACKS; ++k) {
-        put(to, dweight[k], place(k), args.width, whole);
-        put(to + args.width, dbias[k], place(k), args.width, whole);
+        put<FAST>(to, dweight[k], place(k), width);
+        put<FAST>(to + width, dbias[k], place(k), width);
     }
+}
+
+// Grid: ceil(rows / rows_per_block), whole warps a block.
+KERNEL(norm_backward, BackwardArguments, THREADS, BACKWARD_BLOCKS) {
+    __shared__ float room[2 * WARP];
+    bool fast = args.width % PACK == 0 && packable<R, PACK>(args.r, args.r_stride) &&
+                packable<T, PACK>(args.dy, args.dy_stride) && packable<float, PACK>(args.dsum, args.dsum_stride) &&
+                packable<float, PACK>(args.dr, args.dr_stride) && packable<T, PACK>(args.dx, args.dx_stride) &&
+                packable<float, PACK>(args.weight, 0) && packable<float, PACK>(args.partial, args.width);
+    if (fast) backward<true>(args, room);
+    else backward<false>(args, room);
 }
 
 // Grid: ceil(2 C / 32), block: 32 lanes of neighbouring values times up to 32 warps over the parts. The warps' sums

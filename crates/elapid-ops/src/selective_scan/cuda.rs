@@ -7,13 +7,14 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use elapid_tensor::autograd::Place;
 use elapid_tensor::cuda::{
     DeviceBuffer, DeviceSlice, Gpu, KernelArguments, Launch, Module, Result, Source,
 };
 use elapid_tensor::{Device, Sequences};
 
 use super::{MAX_STATES, OP};
-use crate::gpu::{Extents, GpuElement, Rows, array, optional, wrong};
+use crate::gpu::{Extents, GpuElement, Rows, array, optional, target, wrong};
 
 static SOURCE: Source = Source {
     name: OP,
@@ -117,7 +118,7 @@ pub struct Gradients<T> {
     pub c: DeviceBuffer<T>,
     /// `[E]`; empty without D.
     pub d: DeviceBuffer<f32>,
-    /// `[T, E]`; empty without a gate.
+    /// `[T, E]`; empty without a gate, or if a place was given for it.
     pub z: DeviceBuffer<T>,
     /// `[E]`; empty without a bias.
     pub delta_bias: DeviceBuffer<f32>,
@@ -548,8 +549,8 @@ pub fn forward<T: GpuElement>(
     Ok((y, last, chunks.map(Chunks)))
 }
 
-/// Gradients by the inputs, given those of the output `[T, E]` and of the state after the batch. Sums run in an order
-/// that the plan decides.
+/// Gradients by the inputs, given those of the output `[T, E]` and of the state after the batch; that of z is written to
+/// `dz`, if there is such a place. Sums run in an order that the plan decides.
 ///
 /// # Errors
 /// As [`forward`].
@@ -559,7 +560,8 @@ pub fn backward<T: GpuElement>(
     chunks: &Chunks,
     dy: Rows<'_, T>,
     dlast: Option<DeviceSlice<'_, f32>>,
-) -> Result<Gradients<T>> {
+    dz: Option<&Place>,
+) -> elapid_tensor::Result<Gradients<T>> {
     let plan = inputs.plan;
     let (tokens, e) = (plan.extents.tokens, plan.channels);
     let width = plan.groups * plan.states;
@@ -571,13 +573,14 @@ pub fn backward<T: GpuElement>(
         b: gpu.scratch(tokens * width)?,
         c: gpu.scratch(tokens * width)?,
         d: gpu.scratch(if has_d { e } else { 0 })?,
-        z: gpu.scratch(if inputs.z.is_some() { tokens * e } else { 0 })?,
+        z: gpu.scratch(if inputs.z.is_some() && dz.is_none() { tokens * e } else { 0 })?,
         delta_bias: gpu.scratch(if has_bias { e } else { 0 })?,
         state: match dlast {
             Some(dlast) => dlast.duplicate(gpu)?,
             None => gpu.zeros(plan.state_len())?,
         },
     };
+    let (dz, dz_stride) = target(OP, dz, &found.z, (tokens, e))?;
     let carries = inputs.entering(gpu, Some(dy), dlast)?;
     let da = gpu.scratch::<f32>(plan.count * plan.matrix())?;
     let dd = gpu.scratch::<f32>(if has_d { plan.count * e } else { 0 })?;
@@ -592,10 +595,10 @@ pub fn backward<T: GpuElement>(
         carries: carries.as_ref().map_or(0, DeviceBuffer::address),
         du: found.u.address(),
         ddelta: found.delta.address(),
-        dz: if inputs.z.is_some() { found.z.address() } else { 0 },
+        dz: if inputs.z.is_some() { dz } else { 0 },
         du_stride: e as i64,
         ddelta_stride: e as i64,
-        dz_stride: e as i64,
+        dz_stride,
         dh0: found.state.address(),
         da: da.address(),
         dd: if has_d { dd.address() } else { 0 },

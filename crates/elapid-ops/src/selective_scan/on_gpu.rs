@@ -6,7 +6,7 @@ use elapid_tensor::{Error, Result, Sequences, Tensor};
 
 use super::cuda::{self, Plan};
 use super::{Inputs, OP, Values};
-use crate::gpu::{GpuElement, by_rows, rows, slice_of, whole, with_gpu_element};
+use crate::gpu::{GpuElement, by_rows, placed, rows, slice_of, whole, with_gpu_element};
 
 /// [`super::selective_scan`] of tensors whose shapes, types and device were checked.
 pub(super) fn selective_scan(
@@ -89,7 +89,11 @@ impl Values<Tensor> {
         let dlast = context.take_grad(1).map(|dlast| whole(&dlast)).transpose()?;
         with_gpu_element!(OP, self.u, T => self.on_gpu::<T, _>(gpu, sequences, |x| {
             let dlast = slice_of(&dlast)?;
-            let grad = cuda::backward(gpu, x, chunks, rows(&dy)?, dlast)?;
+            let place = match &self.z {
+                Some(z) => context.place(5 + usize::from(self.d.is_some()), z.dtype())?,
+                None => None,
+            };
+            let grad = cuda::backward(gpu, x, chunks, rows(&dy)?, dlast, place.as_ref())?;
             let mut grads = vec![
                 Some(Tensor::from_device(grad.u, self.u.shape())?),
                 Some(Tensor::from_device(grad.delta, self.delta.shape())?),
@@ -101,7 +105,7 @@ impl Values<Tensor> {
                 grads.push(Some(Tensor::from_device(grad.d, d.shape())?));
             }
             if let Some(z) = &self.z {
-                grads.push(Some(Tensor::from_device(grad.z, z.shape())?));
+                grads.push(Some(placed(place, grad.z, z.shape())?));
             }
             if let Some(bias) = &self.delta_bias {
                 grads.push(Some(Tensor::from_device(grad.delta_bias, bias.shape())?));

@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError};
 
 use rayon::prelude::*;
 
-use super::{Identity, Node};
+use super::{Identity, Joined, Node, Place};
 use crate::{DType, Error, Result, Tensor};
 
 /// What an operation's backward function is given.
@@ -13,6 +13,10 @@ pub struct Backward {
     op: &'static str,
     grads: Vec<Option<Tensor>>,
     needs: Vec<bool>,
+    /// What later consumers of the inputs gave so far.
+    sums: Vec<Option<Tensor>>,
+    /// The inputs that are parts of a tensor.
+    parts: Vec<Option<(Arc<Joined>, usize)>>,
 }
 
 impl Backward {
@@ -29,6 +33,27 @@ impl Backward {
     /// True if the gradient of this input is wanted by anybody.
     pub fn needs(&self, input: usize) -> bool {
         self.needs.get(input).copied().unwrap_or(false)
+    }
+
+    /// The sum of what other consumers of an input gave so far, given away: who takes it returns the gradient with it
+    /// added.
+    pub fn take_sum(&mut self, input: usize) -> Option<Tensor> {
+        self.sums.get_mut(input).and_then(Option::take)
+    }
+
+    /// Where the gradient of an input may be written, if it is wanted in that type, is part of a tensor on a GPU, and
+    /// nobody gave one before.
+    ///
+    /// # Errors
+    /// If the GPU is full.
+    pub fn place(&mut self, input: usize, dtype: DType) -> Result<Option<Place>> {
+        if !self.needs(input) || self.sums.get(input).is_some_and(Option::is_some) {
+            return Ok(None);
+        }
+        match self.parts.get_mut(input).and_then(Option::take) {
+            Some((joined, index)) => joined.place(index, dtype),
+            None => Ok(None),
+        }
     }
 
     /// The operation's name.
@@ -164,8 +189,14 @@ pub fn backward(
                     node.op
                 ))
             })?;
-            let mut context = Backward { op: node.op, grads: outputs, needs };
+            let (sums, parts) = before(&node, &needs, &mut grads);
+            let mut context = Backward { op: node.op, grads: outputs, needs, sums, parts };
             let input_grads = run(&mut context)?;
+            for (identity, sum) in node.inputs.iter().zip(context.sums) {
+                if let (Some(identity), Some(sum)) = (identity, sum) {
+                    add_to(&mut grads, key(identity), sum)?;
+                }
+            }
             for ((identity, grad), needed) in
                 node.inputs.iter().zip(input_grads).zip(&context.needs)
             {
@@ -183,6 +214,34 @@ pub fn backward(
         Ok(())
     })?;
     Ok(input_keys.iter().map(|key| found.get(key).or_else(|| grads.get(key)).cloned()).collect())
+}
+
+type Parts = Vec<Option<(Arc<Joined>, usize)>>;
+
+/// What the backward function of a node may build on: the sums of its inputs' gradients so far, taken out of `grads`,
+/// and of which tensors they are parts. An input that stands there twice has neither.
+fn before(
+    node: &Node,
+    needs: &[bool],
+    grads: &mut HashMap<Key, Tensor>,
+) -> (Vec<Option<Tensor>>, Parts) {
+    let mut seen = HashSet::new();
+    let twice: HashSet<Key> =
+        node.inputs.iter().flatten().map(key).filter(|&key| !seen.insert(key)).collect();
+    let once = |identity: &&Identity| !twice.contains(&key(identity));
+    let wanted = node.inputs.iter().zip(needs);
+    wanted
+        .map(|(input, needed)| match input.as_ref().filter(once) {
+            Some(identity) if *needed => {
+                let part = match identity {
+                    Identity::Output(from, i) => from.joined.clone().map(|joined| (joined, *i)),
+                    Identity::Leaf(_) => None,
+                };
+                (grads.remove(&key(identity)), part)
+            }
+            _ => (None, None),
+        })
+        .unzip()
 }
 
 /// Which nodes lead to a wanted gradient.

@@ -9,6 +9,7 @@
 
 mod backward;
 mod checkpoint;
+mod joined;
 mod saved;
 
 use std::cell::Cell;
@@ -17,6 +18,8 @@ use std::sync::{Arc, Mutex};
 
 pub use backward::{Backward, accumulate, backward};
 pub use checkpoint::checkpoint;
+pub(crate) use joined::Joined;
+pub use joined::Place;
 pub use saved::{Saved, rematerialize};
 
 use crate::{Result, Tensor};
@@ -30,6 +33,8 @@ pub(crate) struct Node {
     number: u64,
     outputs: usize,
     inputs: Vec<Option<Identity>>,
+    /// The outputs are parts of one tensor, whose gradient they can write in place.
+    joined: Option<Arc<Joined>>,
     run: Mutex<Option<BackwardFn>>,
 }
 
@@ -119,7 +124,22 @@ pub fn is_recording(inputs: &[&Tensor]) -> bool {
 pub fn record<P, B>(
     op: &'static str,
     inputs: &[&Tensor],
+    outputs: Vec<Tensor>,
+    prepare: P,
+) -> Vec<Tensor>
+where
+    P: FnOnce() -> B,
+    B: FnOnce(&mut Backward) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static,
+{
+    record_joined(op, inputs, outputs, None, prepare)
+}
+
+/// [`record`] for an operation whose outputs are parts of one tensor.
+pub(crate) fn record_joined<P, B>(
+    op: &'static str,
+    inputs: &[&Tensor],
     mut outputs: Vec<Tensor>,
+    joined: Option<Arc<Joined>>,
     prepare: P,
 ) -> Vec<Tensor>
 where
@@ -134,6 +154,7 @@ where
         number: next_number(),
         outputs: outputs.len(),
         inputs: inputs.iter().map(|tensor| tensor.identity()).collect(),
+        joined,
         run: Mutex::new(Some(Box::new(prepare()))),
     });
     for (i, output) in outputs.iter_mut().enumerate() {

@@ -42,6 +42,7 @@ fn run<T: GpuElement>(gpu: &Gpu, case: &Case<f32>, cut: Cut) -> Results<f64> {
         &chunks.unwrap(),
         Rows::new(&dy, e),
         dlast.as_ref().map(DeviceBuffer::slice),
+        None,
     )
     .unwrap();
     let typed =

@@ -145,7 +145,7 @@ fn scans(bench: &mut Bench, sequences: &Sequences, e: usize) -> Result<()> {
             return Ok(());
         };
         let dy = set.gradient_from(0);
-        Ok(scan::backward(&gpu, &set.from(0, &plan), chunks, dy, None).map(drop)?)
+        Ok(scan::backward(&gpu, &set.from(0, &plan), chunks, dy, None, None).map(drop)?)
     })?;
     drop((inputs, saved));
     Ok(gpu.trim()?)
@@ -184,7 +184,7 @@ fn convolutions(bench: &mut Bench, count: usize, length: usize, e: usize) -> Res
     })?;
     bench.measure(task("causal_conv1d backward", 3.0, "reads x and dy, writes dx"), |call| {
         let dy = Rows::new(&dy[call % sets], e);
-        Ok(conv::backward(&gpu, &inputs(call % sets), dy, None).map(drop)?)
+        Ok(conv::backward(&gpu, &inputs(call % sets), dy, None, None).map(drop)?)
     })?;
     drop((x, dy));
     Ok(gpu.trim()?)
