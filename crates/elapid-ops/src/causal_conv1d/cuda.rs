@@ -13,8 +13,8 @@ static SOURCE: Source = Source { name: OP, text: include_str!("cuda.cu"), header
 
 /// Warps of a block.
 const WARPS: usize = 8;
-/// Tokens that a warp walks.
-const RUN: usize = 64;
+/// Tokens that a warp walks, forward and backward.
+const RUNS: [usize; 2] = [64, 128];
 
 /// Arguments of the convolution in device memory; arrays are f32, `x` and `y` of type T.
 #[derive(Debug)]
@@ -132,14 +132,14 @@ impl<T: GpuElement> Inputs<'_, T> {
     }
 
     /// Blocks along y: runs of tokens.
-    fn run_blocks(&self) -> usize {
-        self.tokens().div_ceil(RUN * WARPS).max(1)
+    fn run_blocks(&self, run: usize) -> usize {
+        self.tokens().div_ceil(run * WARPS).max(1)
     }
 
-    fn launch(&self, pack: usize, shared_floats: usize) -> Launch {
+    fn launch(&self, pack: usize, run: usize, shared_floats: usize) -> Launch {
         let columns = self.channels.div_ceil(32 * pack);
         Launch {
-            grid: [columns as u32, self.run_blocks() as u32, 1],
+            grid: [columns as u32, self.run_blocks(run) as u32, 1],
             block: [(32 * WARPS) as u32, 1, 1],
             shared: (shared_floats * 4) as u32,
         }
@@ -191,11 +191,11 @@ pub fn forward<T: GpuElement>(
         sequence_count: inputs.sequences.extents().sequences as i64,
         tokens: tokens as i64,
         channels: channels as i64,
-        run: RUN as i64,
+        run: RUNS[0] as i64,
     };
     let kernel = inputs.module(gpu)?.kernel("causal_conv1d_forward")?;
     let pack = forward_pack::<T>(width);
-    let launch = inputs.launch(pack, 33 * pack * width);
+    let launch = inputs.launch(pack, RUNS[0], 33 * pack * width);
     // SAFETY: the extents of all arrays were checked above and the sequences lie within the tokens.
     unsafe { gpu.launch(&kernel, launch, &arguments)? };
     Ok((y, state_out))
@@ -216,7 +216,7 @@ pub fn backward<T: GpuElement>(
 ) -> elapid_tensor::Result<Gradients<T>> {
     inputs.check()?;
     let (tokens, channels, width) = (inputs.tokens(), inputs.channels, inputs.width);
-    let parts = inputs.run_blocks();
+    let parts = inputs.run_blocks(RUNS[1]);
     let found = Gradients {
         x: gpu.scratch(if dx.is_some() { 0 } else { tokens * channels })?,
         weight: gpu.scratch(channels * width)?,
@@ -245,14 +245,14 @@ pub fn backward<T: GpuElement>(
         sequence_count: inputs.sequences.extents().sequences as i64,
         tokens: tokens as i64,
         channels: channels as i64,
-        run: RUN as i64,
+        run: RUNS[1] as i64,
     };
     let module = inputs.module(gpu)?;
     let pack = backward_pack(width);
     let floats = (33 * pack * width).max(32 * WARPS * pack * (width + 1));
     // SAFETY: the extents of all arrays were checked above and the sequences lie within the tokens.
     unsafe {
-        let launch = inputs.launch(pack, floats);
+        let launch = inputs.launch(pack, RUNS[1], floats);
         gpu.launch(&module.kernel("causal_conv1d_backward")?, launch, &arguments)?;
         let reduce = ReduceArguments {
             partial: partial.address(),

@@ -16,7 +16,9 @@ use crate::gpu::{by_rows, expect, whole};
 const OP: &str = "linear_cross_entropy";
 
 /// Most bytes of logits at a time.
-const LOGITS: usize = 512 << 20;
+const LOGITS: usize = 1 << 30;
+/// What the tokens of a chunk are a multiple of, where there are as many: whole tiles of the products.
+const TILE: usize = 256;
 
 /// The targets of a batch in the memory of a GPU. What is launched for them depends on their number alone.
 #[derive(Debug)]
@@ -142,7 +144,8 @@ fn run(
     let dtype = x.dtype();
     let x = by_rows(x)?;
     let w = whole(weight)?.cast(dtype)?;
-    let chunk = (LOGITS / (4 * vocab.max(1))).clamp(64, tokens.max(64)).min(tokens.max(1));
+    let most = (LOGITS / (4 * vocab.max(1))).max(64);
+    let chunk = if most >= tokens { tokens.max(1) } else { most - most % TILE.min(most) };
     let mut logits = gpu.scratch::<f32>(chunk * vocab)?;
     let apart = gradients && dtype == DType::BF16;
     let mut narrow = gpu.scratch::<bf16>(if apart { chunk * vocab } else { 0 })?;

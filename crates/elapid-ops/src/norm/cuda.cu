@@ -19,10 +19,10 @@ constexpr int PACK = 4;
 #endif
 // Blocks that a multiprocessor shall hold.
 #ifndef FORWARD_BLOCKS
-#define FORWARD_BLOCKS (THREADS > 1024 / 2 ? 1 : 1024 / THREADS)
+#define FORWARD_BLOCKS (THREADS > 1536 / 2 ? 1 : 1536 / THREADS)
 #endif
 #ifndef BACKWARD_BLOCKS
-#define BACKWARD_BLOCKS (THREADS > 1024 / 2 ? 1 : 1024 / THREADS)
+#define BACKWARD_BLOCKS (THREADS > 1280 / 2 ? 1 : 1280 / THREADS)
 #endif
 
 struct ForwardArguments {
@@ -299,7 +299,7 @@ KERNEL(norm_parameters, ReduceArguments, 1024, 1) {
     int warps = blockDim.x / WARP;
     float sum = 0.0f;
     if (k < size) {
-#pragma unroll 4
+#pragma unroll 8
         for (int64_t part = warp_id(); part < args.parts; part += warps) sum += args.partial[part * size + k];
     }
     room[warp_id()][lane_id()] = sum;

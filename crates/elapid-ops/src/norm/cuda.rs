@@ -153,7 +153,7 @@ pub fn forward<T: GpuElement>(
         width: width as i64,
         eps: norm.eps,
     };
-    let blocks = rows.min(8 * gpu.multiprocessors());
+    let blocks = rows.min(16 * gpu.multiprocessors());
     let launch = Launch::linear(blocks as u32, norm.threads() as u32);
     // SAFETY: the extents of all arrays were checked above.
     unsafe { gpu.launch(&module.kernel("norm_forward")?, launch, &arguments)? };
@@ -212,7 +212,7 @@ pub fn backward<T: GpuElement, R: GpuElement>(
     unsafe {
         let launch = Launch::linear(parts as u32, norm.threads() as u32);
         gpu.launch(&module.kernel("norm_backward")?, launch, &arguments)?;
-        let launch = Launch::linear((2 * width).div_ceil(32) as u32, 512);
+        let launch = Launch::linear((2 * width).div_ceil(32) as u32, 1024);
         gpu.launch(&module.kernel("norm_parameters")?, launch, &reduce)?;
     }
     Ok(found)
