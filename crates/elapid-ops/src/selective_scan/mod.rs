@@ -17,6 +17,7 @@ mod backward_rows;
 mod chunks;
 mod cpu;
 pub mod cuda;
+mod cuda_general;
 mod field;
 mod forward;
 mod on_gpu;
@@ -42,8 +43,9 @@ const OP: &str = "selective_scan";
 /// Most states per channel.
 pub const MAX_STATES: usize = 256;
 
-/// Tensors of a selective scan, all f32; on a GPU, u, delta, b, c and z may be bf16, all or none. The scan is complex if A has three axes; then A, B, C and the state
-/// end in an axis of two (re, im) and y = 2 Re(C h) + D u.
+/// Tensors of a selective scan, all f32; on a GPU, u, delta, z and b and c of the token may be bf16, all or none. The
+/// scan is complex if A has three axes; then A, B, C and the state end in an axis of two (re, im) and
+/// y = 2 Re(C h) + D u.
 #[derive(Debug, Clone, Copy)]
 pub struct Inputs<'a> {
     /// Input `[T, E]`; rows may lie apart.
@@ -131,8 +133,12 @@ impl<'a> Inputs<'a> {
     fn check(&self, sequences: &Sequences) -> Result<()> {
         for (name, tensor) in self.named() {
             tensor.expect_device(OP, name, self.u.device())?;
-            let own_type =
-                self.u.gpu().is_some() && matches!(name, "u" | "delta" | "b" | "c" | "z");
+            let of_token = match name {
+                "u" | "delta" | "z" => true,
+                "b" | "c" => tensor.shape() != self.a.shape(),
+                _ => false,
+            };
+            let own_type = self.u.gpu().is_some() && of_token;
             let dtype = if own_type { self.u.dtype() } else { DType::F32 };
             tensor.expect_dtype(OP, name, dtype)?;
         }

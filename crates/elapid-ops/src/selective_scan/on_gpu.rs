@@ -1,12 +1,19 @@
-//! The scan of tensors on a GPU: real, with B and C of the token.
+//! The scan of tensors on a GPU: real with B and C of the token (`cuda.rs`), or general (`cuda_general.rs`).
 
-use elapid_tensor::autograd::{Backward, Saved, is_recording, record};
+use elapid_tensor::autograd::{Backward, Place, Saved, is_recording, record};
 use elapid_tensor::cuda::Gpu;
-use elapid_tensor::{Error, Result, Sequences, Tensor};
+use elapid_tensor::{Error, Result, Sequences, Shape, Tensor};
 
 use super::cuda::{self, Plan};
+use super::cuda_general::{self, Map};
 use super::{Inputs, OP, Values};
 use crate::gpu::{GpuElement, by_rows, placed, rows, slice_of, whole, with_gpu_element};
+
+/// What backward needs of forward.
+enum Chunks {
+    Token(cuda::Chunks),
+    General(cuda_general::Chunks),
+}
 
 /// [`super::selective_scan`] of tensors whose shapes, types and device were checked.
 pub(super) fn selective_scan(
@@ -15,21 +22,26 @@ pub(super) fn selective_scan(
     tensors: &[&Tensor],
     sequences: &Sequences,
 ) -> Result<(Tensor, Tensor)> {
-    let a = inputs.a.shape();
-    if a.len() != 2 || inputs.b.shape() == a || inputs.c.shape() == a {
-        let message = "complex states and constant B or C have no implementation on a GPU: use cpu";
-        return Err(Error::argument(OP, message));
-    }
     let values = Values::new(inputs, |tensor| Ok(tensor.detach()))?;
-    let state_shape = [sequences.slots(), a[0], a[1]];
+    let state_shape: Vec<usize> =
+        std::iter::once(sequences.slots()).chain(inputs.a.shape().iter().copied()).collect();
     let save = is_recording(tensors);
     let (y, state, chunks) = with_gpu_element!(OP, inputs.u, T => {
-        values.on_gpu::<T, _>(gpu, sequences, |x| {
-            let (y, state, chunks) = cuda::forward(gpu, x, save)?;
-            let y = Tensor::from_device(y, inputs.u.shape())?;
-            Ok((y, Tensor::from_device(state, state_shape)?, chunks))
-        })
+        if values.is_general() {
+            values.general_on_gpu::<T, _>(gpu, sequences, |x| {
+                let (y, state, chunks) = cuda_general::forward(gpu, x, save)?;
+                let y = Tensor::from_device(y, inputs.u.shape())?;
+                Ok((y, state, chunks.map(Chunks::General)))
+            })
+        } else {
+            values.on_gpu::<T, _>(gpu, sequences, |x| {
+                let (y, state, chunks) = cuda::forward(gpu, x, save)?;
+                let y = Tensor::from_device(y, inputs.u.shape())?;
+                Ok((y, state, chunks.map(Chunks::Token)))
+            })
+        }
     })?;
+    let state = Tensor::from_device(state, &state_shape[..])?;
     let mut outputs = record(OP, tensors, vec![y, state], || {
         let saved = Values::new(inputs, |tensor| Ok(Saved::new(tensor)));
         let (sequences, gpu) = (sequences.clone(), gpu.clone());
@@ -44,7 +56,15 @@ pub(super) fn selective_scan(
 }
 
 impl Values<Tensor> {
-    /// Runs `f` on the arguments as the launches want them.
+    fn is_constant(&self, map: &Tensor) -> bool {
+        map.shape() == self.a.shape()
+    }
+
+    fn is_general(&self) -> bool {
+        self.a.rank() == 3 || self.is_constant(&self.b) || self.is_constant(&self.c)
+    }
+
+    /// Runs `f` on the arguments of a real scan with B and C of the token as the launches want them.
     fn on_gpu<T: GpuElement, R>(
         &self,
         gpu: &Gpu,
@@ -75,45 +95,114 @@ impl Values<Tensor> {
         })
     }
 
+    /// Runs `f` on the arguments of any scan as the general launches want them.
+    fn general_on_gpu<T: GpuElement, R>(
+        &self,
+        gpu: &Gpu,
+        sequences: &Sequences,
+        f: impl FnOnce(&cuda_general::Inputs<'_, T>) -> Result<R>,
+    ) -> Result<R> {
+        let plan = cuda_general::Plan::of(gpu, sequences)?;
+        let laid_out = |map: &Tensor| if self.is_constant(map) { whole(map) } else { by_rows(map) };
+        let (b, c) = (laid_out(&self.b)?, laid_out(&self.c)?);
+        let groups = [&b, &c].into_iter().find(|map| !self.is_constant(map));
+        let (u, delta) = (by_rows(&self.u)?, by_rows(&self.delta)?);
+        let z = self.z.as_ref().map(by_rows).transpose()?;
+        let a = whole(&self.a)?;
+        let d = self.d.as_ref().map(whole).transpose()?;
+        let delta_bias = self.delta_bias.as_ref().map(whole).transpose()?;
+        let state = self.state.as_ref().map(whole).transpose()?;
+        f(&cuda_general::Inputs {
+            channels: a.dim(0),
+            states: a.dim(1),
+            complex: a.rank() == 3,
+            groups: groups.map_or(1, |map| map.dim(1)),
+            u: rows(&u)?,
+            delta: rows(&delta)?,
+            a: a.device_slice()?,
+            b: self.map_of(&b)?,
+            c: self.map_of(&c)?,
+            d: slice_of(&d)?,
+            z: z.as_ref().map(rows).transpose()?,
+            delta_bias: slice_of(&delta_bias)?,
+            delta_softplus: self.delta_softplus,
+            state: slice_of(&state)?,
+            plan: &plan,
+        })
+    }
+
+    /// B or C as the general launches want it.
+    fn map_of<'t, T: GpuElement>(
+        &self,
+        map: &'t Tensor,
+    ) -> Result<cuda_general::MapArgument<'t, T>> {
+        Ok(if self.is_constant(map) {
+            Map::Constant(map.device_slice()?)
+        } else {
+            Map::Token(rows(map)?)
+        })
+    }
+
     fn gradients_on_gpu(
         &self,
         gpu: &Gpu,
         context: &mut Backward,
         sequences: &Sequences,
-        chunks: &cuda::Chunks,
+        chunks: &Chunks,
     ) -> Result<Vec<Option<Tensor>>> {
         let dy = match context.take_grad(0) {
             Some(dy) => by_rows(&dy)?,
             None => Tensor::zeros_on(self.u.device(), self.u.dtype(), self.u.shape())?,
         };
         let dlast = context.take_grad(1).map(|dlast| whole(&dlast)).transpose()?;
-        with_gpu_element!(OP, self.u, T => self.on_gpu::<T, _>(gpu, sequences, |x| {
-            let dlast = slice_of(&dlast)?;
-            let place = match &self.z {
-                Some(z) => context.place(5 + usize::from(self.d.is_some()), z.dtype())?,
-                None => None,
-            };
-            let grad = cuda::backward(gpu, x, chunks, rows(&dy)?, dlast, place.as_ref())?;
-            let mut grads = vec![
-                Some(Tensor::from_device(grad.u, self.u.shape())?),
-                Some(Tensor::from_device(grad.delta, self.delta.shape())?),
-                Some(Tensor::from_device(grad.a, self.a.shape())?),
-                Some(Tensor::from_device(grad.b, self.b.shape())?),
-                Some(Tensor::from_device(grad.c, self.c.shape())?),
-            ];
-            if let Some(d) = &self.d {
-                grads.push(Some(Tensor::from_device(grad.d, d.shape())?));
+        let dlast = slice_of(&dlast)?;
+        with_gpu_element!(OP, self.u, T => {
+            match chunks {
+                Chunks::Token(chunks) => self.on_gpu::<T, _>(gpu, sequences, |x| {
+                    let place = match &self.z {
+                        Some(z) => context.place(5 + usize::from(self.d.is_some()), z.dtype())?,
+                        None => None,
+                    };
+                    let grad = cuda::backward(gpu, x, chunks, rows(&dy)?, dlast, place.as_ref())?;
+                    self.in_order(grad.into(), place)
+                }),
+                Chunks::General(chunks) => self.general_on_gpu::<T, _>(gpu, sequences, |x| {
+                    let grad = cuda_general::backward(gpu, x, chunks, rows(&dy)?, dlast)?;
+                    self.in_order(grad, None)
+                }),
             }
-            if let Some(z) = &self.z {
-                grads.push(Some(placed(place, grad.z, z.shape())?));
-            }
-            if let Some(bias) = &self.delta_bias {
-                grads.push(Some(Tensor::from_device(grad.delta_bias, bias.shape())?));
-            }
-            if let Some(state) = &self.state {
-                grads.push(Some(Tensor::from_device(grad.state, state.shape())?));
-            }
-            Ok(grads)
-        }))
+        })
+    }
+
+    /// The gradients by the tensors that are there, in the order of `Inputs::named`; that of z may be in `place`.
+    fn in_order<T: GpuElement>(
+        &self,
+        grad: cuda_general::Gradients<T>,
+        place: Option<Place>,
+    ) -> Result<Vec<Option<Tensor>>> {
+        let of_map = |map, shape: Shape| match map {
+            Map::Token(grad) => Tensor::from_device::<T>(grad, shape),
+            Map::Constant(grad) => Tensor::from_device::<f32>(grad, shape),
+        };
+        let mut grads = vec![
+            Tensor::from_device(grad.u, self.u.shape())?,
+            Tensor::from_device(grad.delta, self.delta.shape())?,
+            Tensor::from_device(grad.a, self.a.shape())?,
+            of_map(grad.b, self.b.shape())?,
+            of_map(grad.c, self.c.shape())?,
+        ];
+        if let Some(d) = &self.d {
+            grads.push(Tensor::from_device(grad.d, d.shape())?);
+        }
+        if let Some(z) = &self.z {
+            grads.push(placed(place, grad.z, z.shape())?);
+        }
+        if let Some(bias) = &self.delta_bias {
+            grads.push(Tensor::from_device(grad.delta_bias, bias.shape())?);
+        }
+        if let Some(state) = &self.state {
+            grads.push(Tensor::from_device(grad.state, state.shape())?);
+        }
+        Ok(grads.into_iter().map(Some).collect())
     }
 }

@@ -245,11 +245,30 @@ pub(super) fn near(name: &str, got: &[f64], want: &[f64], tolerance: f64) {
 }
 
 impl Results<f32> {
+    pub(super) fn widen(&self) -> Results<f64> {
+        let widen = |values: &Vec<f32>| values.iter().map(|&v| f64::from(v)).collect();
+        let g = &self.grad;
+        Results {
+            y: widen(&self.y),
+            last: widen(&self.last),
+            grad: Gradients {
+                u: widen(&g.u),
+                delta: widen(&g.delta),
+                a: widen(&g.a),
+                b: widen(&g.b),
+                c: widen(&g.c),
+                d: widen(&g.d),
+                z: widen(&g.z),
+                delta_bias: widen(&g.delta_bias),
+                h0: widen(&g.h0),
+            },
+        }
+    }
+
     /// Compares with the reference.
     pub(crate) fn near(&self, want: &Results<f64>, tolerance: f64) {
-        for ((name, got), (_, want)) in self.named().iter().zip(want.named()) {
-            let got: Vec<f64> = got.iter().map(|&v| f64::from(v)).collect();
-            near(name, &got, want, tolerance);
+        for ((name, got), (_, want)) in self.widen().named().iter().zip(want.named()) {
+            near(name, got, want, tolerance);
         }
     }
 }

@@ -1,13 +1,12 @@
 //! The golden values of `fixtures/golden/ops/selective_scan.safetensors`: inputs and results of small scans,
 //! channel-first, computed in f64 by independent code.
 
-use std::path::Path;
-
-use elapid_tensor::{Sequence, Sequences};
+use elapid_tensor::{DType, Sequence, Sequences};
 use safetensors::{Dtype, SafeTensors};
 
 use super::Case;
-use super::case::near;
+use super::case::{Results, near};
+use super::cuda_general;
 
 /// A tensor's shape and values.
 struct Golden {
@@ -58,22 +57,45 @@ fn narrow(values: &[f64]) -> Vec<f32> {
     values.iter().map(|&v| v as f32).collect()
 }
 
-#[test]
-fn all_golden_cases() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/fixtures/golden/ops/selective_scan.safetensors");
-    let bytes = std::fs::read(path).unwrap();
-    let (_, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
+/// Runs `f` on every case, with its name.
+fn each(f: impl Fn(&SafeTensors<'_>, &str, &Case<f32>)) {
+    let bytes = include_bytes!(concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/tests/fixtures/golden/ops/selective_scan.safetensors"
+    ));
+    let (_, metadata) = SafeTensors::read_metadata(bytes).unwrap();
+    let file = SafeTensors::deserialize(bytes).unwrap();
     let text = &metadata.metadata().as_ref().unwrap()["cases"];
     let cases: serde_json::Map<String, serde_json::Value> = serde_json::from_str(text).unwrap();
     assert!(cases.len() >= 19, "{} cases", cases.len());
     for (name, parameters) in &cases {
-        check(&file, name, parameters);
+        f(&file, name, &case(&file, name, parameters));
     }
 }
 
-fn check(file: &SafeTensors<'_>, name: &str, parameters: &serde_json::Value) {
+#[test]
+fn all_golden_cases() {
+    each(|file, name, case| {
+        compare(file, name, case, "the reference", &case.widen().run(), [1e-11, 1e-6]);
+        compare(file, name, case, "the CPU", &case.run().widen(), [2e-5; 2]);
+    });
+}
+
+#[test]
+fn all_golden_cases_by_cuda() {
+    for device in cuda_general::cards() {
+        each(|file, name, case| {
+            // Longer ones take an emulated GPU too long.
+            if case.sequences.tokens() > 130 {
+                return;
+            }
+            let got = cuda_general::run(case, device, DType::F32);
+            compare(file, name, case, "the GPU", &got, [2e-5; 2]);
+        });
+    }
+}
+
+fn case(file: &SafeTensors<'_>, name: &str, parameters: &serde_json::Value) -> Case<f32> {
     let flag = |key: &str| parameters[key].as_bool().unwrap_or(false);
     let size = |key: &str| parameters[key].as_u64().map(|v| v as usize);
     let (complex, constant) = (flag("complex"), flag("const_bc"));
@@ -100,7 +122,7 @@ fn check(file: &SafeTensors<'_>, name: &str, parameters: &serde_json::Value) {
         if constant { flat(tensor).unwrap() } else { tokens(tensor, complex).unwrap() }
     };
     let groups = (!constant).then_some(size("G").unwrap_or(1));
-    let case = Case {
+    Case {
         channels: size("D").unwrap(),
         states: size("N").unwrap(),
         complex,
@@ -118,24 +140,32 @@ fn check(file: &SafeTensors<'_>, name: &str, parameters: &serde_json::Value) {
         h0,
         dy: tokens("dout", false).unwrap(),
         dlast: flat("dlast"),
-    };
-    let exact = case.widen().run();
-    let fast = case.run();
+    }
+}
+
+/// Compares results, with one tolerance for what the file has in f64 and one for f32.
+fn compare(
+    file: &SafeTensors<'_>,
+    name: &str,
+    case: &Case<f32>,
+    by: &str,
+    results: &Results<f64>,
+    tolerance: [f64; 2],
+) {
     let keys =
         ["out", "last_state", "du", "ddelta", "dA", "dB", "dC", "dD", "dz", "ddelta_bias", "dh0"];
-    for (((_, exact), (_, fast)), key) in exact.named().iter().zip(fast.named()).zip(keys) {
+    for ((_, got), key) in results.named().iter().zip(keys) {
         let Some((golden, dtype)) = read(file, name, key) else {
-            assert!(exact.is_empty(), "{name}.{key} is missing");
+            assert!(got.is_empty(), "{name}.{key} is missing");
             continue;
         };
         let want = match key {
             "out" | "du" | "ddelta" | "dz" => channel_last(&golden, false),
-            "dB" | "dC" if !constant => channel_last(&golden, complex),
+            "dB" if case.groups[0].is_some() => channel_last(&golden, case.complex),
+            "dC" if case.groups[1].is_some() => channel_last(&golden, case.complex),
             _ => golden.values,
         };
-        let tolerance = if dtype == Dtype::F64 { 1e-11 } else { 1e-6 };
-        near(&format!("{name}.{key} of the reference"), exact, &want, tolerance);
-        let fast: Vec<f64> = fast.iter().map(|&v| f64::from(v)).collect();
-        near(&format!("{name}.{key} of the CPU"), &fast, &want, 2e-5);
+        let tolerance = tolerance[usize::from(dtype != Dtype::F64)];
+        near(&format!("{name}.{key} of {by}"), got, &want, tolerance);
     }
 }

@@ -3,6 +3,7 @@
 
 mod case;
 mod cuda;
+mod cuda_general;
 mod golden;
 mod isolation;
 mod reference;
