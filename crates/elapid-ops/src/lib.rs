@@ -1,6 +1,7 @@
 //! The operations of linear-time sequence models: each with its reference, its fast versions and its gradient.
 
 pub mod adamw;
+pub mod blocks;
 pub mod causal_conv1d;
 pub mod elementwise;
 pub mod embedding;
