@@ -3,13 +3,11 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use elapid_models::{Context, LanguageModel, MambaConfig, State};
-use elapid_tensor::autograd::no_grad;
-use elapid_tensor::{DType, Device, Sequence, Sequences, Tensor};
+use elapid_models::{MambaConfig, State};
+use elapid_tensor::{Sequence, Sequences};
 
-use crate::gpu_steps::GpuSteps;
 use crate::prefill::{self, Feed, check_tokens};
-use crate::{Error, Result, Sampler, Sampling, TextStream};
+use crate::{Error, Logits, Result, Runner, Sampler, Sampling, TextStream};
 
 /// What token ids stand for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -160,17 +158,17 @@ struct Running {
 /// If an option makes no sense, a prompt is empty or has a token outside the vocabulary, a state is of
 /// another model, or the model's output is not finite.
 pub fn generate(
-    model: &LanguageModel,
+    runner: &mut dyn Runner,
     requests: &[Request],
     options: &Options,
     on_event: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
 ) -> Result<Generation> {
-    let vocabulary = Vocabulary::of(model.config());
+    let vocabulary = Vocabulary::of(runner.config());
     if !options.stop.is_empty() && vocabulary == Vocabulary::Ids {
         return Err(Error::Option {
             name: "stop",
             expected: "none, as only byte-level models (256 tokens) make text",
-            found: format!("{:?} for {} tokens", options.stop, model.config().vocab_size),
+            found: format!("{:?} for {} tokens", options.stop, runner.config().vocab_size),
         });
     }
     if options.chunk == 0 {
@@ -181,28 +179,24 @@ pub fn generate(
         });
     }
     let stream = TextStream::new(&options.stop)?;
-    let sampler = Sampler::new(&options.sampling, model.config().vocab_size)?;
-    no_grad(|| {
-        let gpu = model.device().gpu()?.map(GpuSteps::new);
-        let mut engine = Engine { model, options, vocabulary, sampler, on_event, gpu };
-        engine.run(requests, &stream)
-    })
+    let sampler = Sampler::new(&options.sampling, runner.config().vocab_size)?;
+    let mut engine = Engine { runner, options, vocabulary, sampler, on_event };
+    engine.run(requests, &stream)
 }
 
 struct Engine<'a> {
-    model: &'a LanguageModel,
+    runner: &'a mut dyn Runner,
     options: &'a Options,
     vocabulary: Vocabulary,
     sampler: Sampler,
     on_event: &'a mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
-    gpu: Option<GpuSteps>,
 }
 
 impl Engine<'_> {
     fn run(&mut self, requests: &[Request], stream: &TextStream) -> Result<Generation> {
         let mut timing = Timing::default();
         let started = Instant::now();
-        let (states, last) = self.prefill(requests)?;
+        let (states, logits) = self.prefill(requests)?;
         timing.prefill_tokens = requests.iter().map(|request| request.prompt.len()).sum();
         timing.prefill = started.elapsed();
 
@@ -225,9 +219,9 @@ impl Engine<'_> {
             let mut state = State::join(&states.iter().collect::<Vec<_>>())?;
             drop(states);
             if self.options.max_tokens > 0 {
-                self.choose(&mut running, &self.model.logits(&last)?, &state)?;
+                self.choose(&mut running, &logits, &state)?;
             }
-            drop(last);
+            drop(logits);
             loop {
                 state = leave(&mut running, state, &mut done)?;
                 if running.is_empty() {
@@ -243,41 +237,44 @@ impl Engine<'_> {
         Ok(Generation { sequences: done.into_iter().flatten().collect(), timing })
     }
 
-    /// Reads the prompts: each one's state, and the hidden state of each one's last token [S, D].
-    fn prefill(&self, requests: &[Request]) -> Result<(Vec<State>, Tensor)> {
+    /// Reads the prompts: each one's state, and the logits of each one's last token [S, V].
+    fn prefill(&mut self, requests: &[Request]) -> Result<(Vec<State>, Vec<f32>)> {
         let mut feeds = Vec::with_capacity(requests.len());
         for (sequence, request) in requests.iter().enumerate() {
             if request.prompt.is_empty() {
                 return Err(Error::EmptyPrompt { sequence });
             }
-            check_tokens(self.model, sequence, &request.prompt)?;
-            feeds.push(Feed::new(self.model, &request.prompt, request.id, request.state.clone())?);
+            check_tokens(self.runner, sequence, &request.prompt)?;
+            let state = request.state.clone();
+            feeds.push(Feed::new(self.runner, &request.prompt, request.id, state)?);
         }
         let lengths: Vec<usize> = requests.iter().map(|request| request.prompt.len()).collect();
-        let mut last = Vec::with_capacity(requests.len());
+        let mut logits = Vec::new();
         for parts in prefill::plan(&lengths, self.options.chunk) {
-            let hidden = prefill::run(self.model, &mut feeds, &parts)?;
             let mut end = 0;
+            let mut wanted = Vec::new();
             for part in &parts {
                 end += part.tokens.len();
-                if part.tokens.end == lengths[part.sequence] {
-                    // A copy, so that the whole call's hidden states can go.
-                    last.push(Tensor::concat(&[&hidden.narrow(0, end - 1, 1)?], 0)?);
+                if part.tokens.end == lengths[part.sequence] && self.options.max_tokens > 0 {
+                    wanted.push(end - 1);
                 }
             }
+            prefill::run(
+                self.runner,
+                &mut feeds,
+                &parts,
+                &wanted,
+                &mut |Logits { values, .. }| {
+                    logits.extend_from_slice(values);
+                    ControlFlow::Continue(())
+                },
+            )?;
         }
-        let last = match last.as_slice() {
-            [] => {
-                let width = self.model.config().d_model;
-                Tensor::zeros_on(self.model.device(), DType::F32, [0, width])?
-            }
-            last => Tensor::concat(&last.iter().collect::<Vec<_>>(), 0)?,
-        };
-        Ok((feeds.into_iter().map(|feed| feed.state).collect(), last))
+        Ok((feeds.into_iter().map(|feed| feed.state).collect(), logits))
     }
 
     /// Reads the last token of every running sequence: logits [S, V] and the state after it.
-    fn step(&mut self, running: &[Running], state: State) -> Result<(Tensor, State)> {
+    fn step(&mut self, running: &[Running], state: State) -> Result<(Vec<f32>, State)> {
         let ids: Vec<u32> = running.iter().filter_map(|r| r.history.last().copied()).collect();
         let sequences = running
             .iter()
@@ -292,24 +289,29 @@ impl Engine<'_> {
             })
             .collect();
         let sequences = Sequences::new(sequences, running.len())?;
-        if let Some(gpu) = self.gpu.as_mut() {
-            return gpu.step(self.model, &ids, &sequences, state);
-        }
-        let ids = Tensor::from_slice(&ids, [ids.len()])?;
-        let (hidden, state) =
-            self.model.hidden(&ids, &sequences, Some(state), &mut Context::new())?;
-        Ok((self.model.logits(&hidden)?, state))
+        let rows: Vec<usize> = (0..running.len()).collect();
+        let mut logits =
+            Vec::with_capacity(running.len() * self.runner.config().padded_vocab_size());
+        let mut receive = |piece: Logits<'_>| {
+            logits.extend_from_slice(piece.values);
+            ControlFlow::Continue(())
+        };
+        let state = self.runner.run(&ids, &sequences, Some(state), &rows, &mut receive)?;
+        Ok((logits, state))
     }
 
     /// Samples the next token of every running sequence from its logits [S, V].
-    fn choose(&mut self, running: &mut [Running], logits: &Tensor, state: &State) -> Result<()> {
-        let logits = logits.to(Device::Cpu)?;
-        let logits = logits.row_view::<f32>()?;
+    fn choose(&mut self, running: &mut [Running], logits: &[f32], state: &State) -> Result<()> {
+        let mut rows = logits.chunks_exact(self.runner.config().padded_vocab_size());
         let mut interrupted = false;
         for (slot, running) in running.iter_mut().enumerate() {
             let position = state.positions[slot];
-            let token =
-                self.sampler.sample(logits.row(slot), &running.history, running.id, position)?;
+            let token = self.sampler.sample(
+                rows.next().unwrap_or_default(),
+                &running.history,
+                running.id,
+                position,
+            )?;
             running.history.push(token);
             interrupted |= self.receive(running, token).is_break();
         }

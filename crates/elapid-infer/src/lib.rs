@@ -1,7 +1,7 @@
 //! Sampling and streaming generation.
 //!
-//! [`generate`] runs any number of prompts at once through a [`LanguageModel`](elapid_models::LanguageModel):
-//! a chunked prefill in constant memory, then decoding one token a sequence and step. The tokens of a
+//! [`generate`] runs any number of prompts at once on a [`Runner`], for a
+//! [`LanguageModel`](elapid_models::LanguageModel) that is [`ModelRunner`]: a chunked prefill in constant memory, then decoding one token a sequence and step. The tokens of a
 //! sequence depend on its prompt, state, id and the sampling options alone, never on the batch it is in.
 
 mod error;
@@ -9,6 +9,7 @@ mod forward;
 mod generate;
 mod gpu_steps;
 mod prefill;
+mod runner;
 mod sampler;
 mod text;
 
@@ -17,5 +18,6 @@ pub use forward::{Piece, forward};
 pub use generate::{
     Event, Finish, Generated, Generation, Options, Request, Timing, Vocabulary, generate,
 };
+pub use runner::{Logits, ModelRunner, Receiver, Runner};
 pub use sampler::{Sampler, Sampling};
 pub use text::{StopStrings, TextStream, Utf8Stream};

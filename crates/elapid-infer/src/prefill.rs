@@ -5,10 +5,10 @@
 
 use std::ops::Range;
 
-use elapid_models::{Context, LanguageModel, State};
-use elapid_tensor::{Sequence, Sequences, Tensor};
+use elapid_models::State;
+use elapid_tensor::{Sequence, Sequences};
 
-use crate::{Error, Result};
+use crate::{Error, Receiver, Result, Runner};
 
 /// One sequence on its way through the model.
 #[derive(Debug)]
@@ -23,7 +23,7 @@ pub(crate) struct Feed<'a> {
 impl<'a> Feed<'a> {
     /// A sequence that goes on from `state`, or starts from nothing.
     pub fn new(
-        model: &LanguageModel,
+        runner: &dyn Runner,
         tokens: &'a [u32],
         id: u64,
         state: Option<State>,
@@ -38,10 +38,10 @@ impl<'a> Feed<'a> {
                 });
             }
             Some(state) => {
-                model.check_state(&state)?;
+                runner.check_state(&state)?;
                 state
             }
-            None => model.fresh_state(1)?,
+            None => runner.fresh_state(1)?,
         };
         Ok(Self { tokens, id, state, continued })
     }
@@ -78,8 +78,14 @@ pub(crate) fn plan(lengths: &[usize], chunk: usize) -> Vec<Vec<Part>> {
     calls
 }
 
-/// Runs one call: hidden states [T, D] of all its parts' tokens. The feeds' states move on.
-pub(crate) fn run(model: &LanguageModel, feeds: &mut [Feed<'_>], parts: &[Part]) -> Result<Tensor> {
+/// Runs one call, of whose tokens the logits of `wanted` are received. The feeds' states move on.
+pub(crate) fn run(
+    runner: &mut dyn Runner,
+    feeds: &mut [Feed<'_>],
+    parts: &[Part],
+    wanted: &[usize],
+    receive: &mut Receiver<'_>,
+) -> Result<()> {
     let mut ids = Vec::new();
     let mut sequences = Vec::with_capacity(parts.len());
     for (slot, part) in parts.iter().enumerate() {
@@ -100,8 +106,7 @@ pub(crate) fn run(model: &LanguageModel, feeds: &mut [Feed<'_>], parts: &[Part])
         _ => State::join(&parts.iter().map(|p| &feeds[p.sequence].state).collect::<Vec<_>>())?,
     };
     let sequences = Sequences::new(sequences, parts.len())?;
-    let ids = Tensor::from_slice(&ids, [ids.len()])?;
-    let (hidden, state) = model.hidden(&ids, &sequences, Some(state), &mut Context::new())?;
+    let state = runner.run(&ids, &sequences, Some(state), wanted, receive)?;
     for part in parts {
         feeds[part.sequence].continued = true;
     }
@@ -113,12 +118,12 @@ pub(crate) fn run(model: &LanguageModel, feeds: &mut [Feed<'_>], parts: &[Part])
             }
         }
     }
-    Ok(hidden)
+    Ok(())
 }
 
 /// Checks that every token has a row in the embedding.
-pub(crate) fn check_tokens(model: &LanguageModel, sequence: usize, tokens: &[u32]) -> Result<()> {
-    let vocabulary = model.config().padded_vocab_size();
+pub(crate) fn check_tokens(runner: &dyn Runner, sequence: usize, tokens: &[u32]) -> Result<()> {
+    let vocabulary = runner.config().padded_vocab_size();
     match tokens.iter().position(|&token| token as usize >= vocabulary) {
         None => Ok(()),
         Some(place) => Err(Error::Token { sequence, place, token: tokens[place], vocabulary }),

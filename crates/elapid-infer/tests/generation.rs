@@ -2,7 +2,9 @@
 
 use std::ops::ControlFlow;
 
-use elapid_infer::{Event, Finish, Generated, Options, Request, Sampling, forward, generate};
+use elapid_infer::{
+    Event, Finish, Generated, ModelRunner, Options, Request, Sampling, forward, generate,
+};
 use elapid_models::{LanguageModel, MambaConfig, State};
 use elapid_tensor::Tensor;
 use proptest::prelude::*;
@@ -20,7 +22,7 @@ fn request(prompt: &str, id: u64) -> Request {
 }
 
 fn all(model: &LanguageModel, requests: &[Request], options: &Options) -> Vec<Generated> {
-    generate(model, requests, options, &mut silent).unwrap().sequences
+    generate(&mut ModelRunner::new(model), requests, options, &mut silent).unwrap().sequences
 }
 
 fn bits(state: &State) -> Vec<Vec<u32>> {
@@ -35,7 +37,7 @@ fn bits(state: &State) -> Vec<Vec<u32>> {
 /// Logits of all tokens, [T, V].
 fn logits(model: &LanguageModel, sequences: &[Vec<u32>], chunk: usize) -> (Vec<f32>, State) {
     let mut rows = Vec::new();
-    let state = forward(model, sequences, None, chunk, |piece| {
+    let state = forward(&mut ModelRunner::new(model), sequences, None, chunk, |piece| {
         assert_eq!(piece.row * 256, rows.len());
         rows.extend_from_slice(piece.logits);
         Ok::<_, Box<dyn std::error::Error>>(())
@@ -137,11 +139,12 @@ fn text_comes_in_events_and_stops_before_the_stop_string() {
     let options = Options { stop: vec![stop.clone()], ..free };
     let mut shown = String::new();
     let mut tokens = Vec::new();
-    let stopped = generate(&model, &[request("go", 0)], &options, &mut |event| {
-        shown += event.text;
-        tokens.push(event.token);
-        ControlFlow::Continue(())
-    });
+    let stopped =
+        generate(&mut ModelRunner::new(&model), &[request("go", 0)], &options, &mut |event| {
+            shown += event.text;
+            tokens.push(event.token);
+            ControlFlow::Continue(())
+        });
     let stopped = stopped.unwrap().sequences.remove(0);
     assert_eq!(stopped.finish, Finish::Stop);
     assert_eq!(stopped.text, shown);
@@ -157,7 +160,7 @@ fn the_receiver_may_interrupt_and_a_token_may_end() {
     let model = bytes_model();
     let options = Options { max_tokens: 50, ..Options::default() };
     let mut count = 0;
-    let generation = generate(&model, &prompts(), &options, &mut |_| {
+    let generation = generate(&mut ModelRunner::new(&model), &prompts(), &options, &mut |_| {
         count += 1;
         if count == 10 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
@@ -190,7 +193,9 @@ fn padding_rows_are_never_sampled() {
 fn wrong_calls_are_errors() {
     let model = bytes_model();
     let fails = |requests: &[Request], options: &Options| {
-        generate(&model, requests, options, &mut silent).unwrap_err().to_string()
+        generate(&mut ModelRunner::new(&model), requests, options, &mut silent)
+            .unwrap_err()
+            .to_string()
     };
     let options = Options { max_tokens: 1, ..Options::default() };
     let message = fails(&[request("a", 0), request("", 1)], &options);
@@ -208,7 +213,9 @@ fn wrong_calls_are_errors() {
 
     let ids = LanguageModel::new(&MambaConfig { vocab_size: 300, ..MambaConfig::bytes(16, 1) }, 0);
     let stop = Options { stop: vec!["x".into()], ..options };
-    let error = generate(&ids.unwrap(), &[request("a", 0)], &stop, &mut silent).unwrap_err();
+    let error =
+        generate(&mut ModelRunner::new(&ids.unwrap()), &[request("a", 0)], &stop, &mut silent)
+            .unwrap_err();
     assert!(error.to_string().starts_with("stop"), "{error}");
 }
 
@@ -223,7 +230,12 @@ fn damaged_weights_are_found_out() {
             Ok(())
         })
         .unwrap();
-    let error = generate(&model, &[request("abc", 0)], &Options::default(), &mut silent);
+    let error = generate(
+        &mut ModelRunner::new(&model),
+        &[request("abc", 0)],
+        &Options::default(),
+        &mut silent,
+    );
     let error = error.unwrap_err().to_string();
     assert!(error.contains("position 3 is NaN"), "{error}");
 }

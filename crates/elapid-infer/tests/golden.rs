@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use elapid_formats::{TensorFile, hf};
-use elapid_infer::{Options, Request, Sampling, forward, generate};
+use elapid_infer::{ModelRunner, Options, Request, Sampling, forward, generate};
 use elapid_models::{Context, LanguageModel, State};
 use elapid_tensor::cuda::{Gpu, GpuId};
 use elapid_tensor::{DType, Device, Sequences, Tensor, autograd};
@@ -54,7 +54,7 @@ fn models(name: &str) -> Vec<LanguageModel> {
 /// Logits [T, V] and the state after the prompt.
 fn run(model: &LanguageModel, prompt: &[u32], chunk: usize) -> (Vec<f64>, State) {
     let mut logits = Vec::new();
-    let state = forward(model, &[prompt.to_vec()], None, chunk, |piece| {
+    let state = forward(&mut ModelRunner::new(model), &[prompt.to_vec()], None, chunk, |piece| {
         logits.extend(piece.logits.iter().map(|&logit| f64::from(logit)));
         Ok::<_, Box<dyn std::error::Error>>(())
     });
@@ -107,7 +107,9 @@ fn greedy_continuations() {
             .collect();
         let options =
             Options { sampling: Sampling::greedy(), max_tokens: 32, ..Options::default() };
-        let generation = generate(&model, &requests, &options, &mut |_| ControlFlow::Continue(()));
+        let generation = generate(&mut ModelRunner::new(&model), &requests, &options, &mut |_| {
+            ControlFlow::Continue(())
+        });
         for (prompt, generated) in generation.unwrap().sequences.iter().enumerate() {
             assert_eq!(generated.tokens, ids(&expected, &format!("prompt{prompt}.greedy_ids")));
         }

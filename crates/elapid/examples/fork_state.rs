@@ -4,7 +4,7 @@
 use std::ops::ControlFlow;
 
 use elapid::formats::{Fingerprint, load_state, save_state, state_hash};
-use elapid::{LanguageModel, MambaConfig, Options, Request, Sampling, generate};
+use elapid::{LanguageModel, MambaConfig, ModelRunner, Options, Request, Sampling, generate};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     // Random weights here; `elapid::formats::hf::load_model(folder)` reads a trained model.
@@ -13,7 +13,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let request = Request { prompt: prompt.bytes().map(u32::from).collect(), state, id: 0 };
         let sampling = Sampling { seed, ..Sampling::default() };
         let options = Options { sampling, max_tokens, ..Options::default() };
-        generate(&model, &[request], &options, &mut |_| ControlFlow::Continue(()))
+        generate(&mut ModelRunner::new(&model), &[request], &options, &mut |_| {
+            ControlFlow::Continue(())
+        })
     };
 
     let prompt = read("Once upon a time", None, 0, 0)?;

@@ -16,7 +16,7 @@
 //! ```
 //! use std::ops::ControlFlow;
 //!
-//! use elapid::{LanguageModel, MambaConfig, Options, Request, Sampling, generate};
+//! use elapid::{LanguageModel, MambaConfig, ModelRunner, Options, Request, Sampling, generate};
 //!
 //! // A byte-level model with random weights; `elapid::formats::hf::load_model` reads a trained one.
 //! let model = LanguageModel::new(&MambaConfig::bytes(32, 2), 0)?;
@@ -26,7 +26,7 @@
 //!     max_tokens: 16,
 //!     ..Options::default()
 //! };
-//! let generation = generate(&model, &[request], &options, &mut |event| {
+//! let generation = generate(&mut ModelRunner::new(&model), &[request], &options, &mut |event| {
 //!     print!("{}", event.text);
 //!     ControlFlow::Continue(())
 //! })?;
@@ -45,6 +45,6 @@ pub use elapid_ops as ops;
 pub use elapid_tensor as tensor;
 pub use elapid_train as train;
 
-pub use elapid_infer::{Generation, Options, Request, Sampling, generate};
+pub use elapid_infer::{Generation, ModelRunner, Options, Request, Runner, Sampling, generate};
 pub use elapid_models::{Context, LanguageModel, MambaConfig, State};
 pub use elapid_tensor::{Device, Sequences, Tensor};

@@ -7,7 +7,7 @@ mod self_check;
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
-use elapid_infer::forward;
+use elapid_infer::{ModelRunner, forward};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -94,7 +94,7 @@ fn check_model(path: &Path) -> Result<Model> {
     let vocabulary = model.config().vocab_size as u32;
     let tokens: Vec<u32> = (0..16u32).map(|t| t * 31 % vocabulary).collect();
     let mut logits_finite = true;
-    let state = forward(&model, &[tokens], None, 16, |piece| {
+    let state = forward(&mut ModelRunner::new(&model), &[tokens], None, 16, |piece| {
         logits_finite &= piece.logits.iter().all(|logit| logit.is_finite());
         Ok::<_, anyhow::Error>(())
     })

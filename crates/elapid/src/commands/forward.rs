@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use clap::Args;
 use elapid_formats::{Fingerprint, atomic, load_state, save_state};
-use elapid_infer::forward;
+use elapid_infer::{ModelRunner, forward};
 use elapid_models::{LanguageModel, State};
 use elapid_tensor::Tensor;
 use serde::Deserialize;
@@ -145,8 +145,10 @@ fn write(
     let tokens: usize = sequences.iter().map(Vec::len).sum();
     out.write_all(&header(model, sequences.len(), tokens)?)?;
     let mut bytes = Vec::new();
-    let state =
-        forward(model, sequences, state, chunk, |piece| write_f32(out, piece.logits, &mut bytes))?;
+    let mut runner = ModelRunner::new(model);
+    let state = forward(&mut runner, sequences, state, chunk, |piece| {
+        write_f32(out, piece.logits, &mut bytes)
+    })?;
     for layer in &state.layers {
         for (_, tensor) in sorted(layer.iter()) {
             write_f32(out, &tensor.to_vec::<f32>()?, &mut bytes)?;

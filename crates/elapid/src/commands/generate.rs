@@ -9,7 +9,8 @@ use anyhow::{Context, Result};
 use clap::{ArgGroup, Args};
 use elapid_formats::{Fingerprint, load_state, save_state};
 use elapid_infer::{
-    Event, Finish, Generated, Options, Request, Sampling, Timing, Vocabulary, forward, generate,
+    Event, Finish, Generated, ModelRunner, Options, Request, Sampling, Timing, Vocabulary, forward,
+    generate,
 };
 use elapid_models::{LanguageModel, State};
 use serde::Serialize;
@@ -149,16 +150,15 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     let request = Request { prompt, id: 0, state };
 
     let mut writer = (!arguments.json.json).then(|| Writer::new(vocabulary));
-    let outcome =
-        generate(
-            &model,
-            std::slice::from_ref(&request),
-            &options,
-            &mut |event| match &mut writer {
-                Some(writer) => writer.write(event),
-                None => ControlFlow::Continue(()),
-            },
-        );
+    let outcome = generate(
+        &mut ModelRunner::new(&model),
+        std::slice::from_ref(&request),
+        &options,
+        &mut |event| match &mut writer {
+            Some(writer) => writer.write(event),
+            None => ControlFlow::Continue(()),
+        },
+    );
     let generation = outcome.map_err(as_option)?;
     if let Some(writer) = writer {
         writer.finish()?;
@@ -246,9 +246,11 @@ fn read_state(path: &Path, model: &LanguageModel, fingerprint: &Fingerprint) -> 
 fn state_after(model: &LanguageModel, generated: &Generated) -> Result<State> {
     match generated.tokens.last() {
         None => Ok(generated.state.clone()),
-        Some(&last) => forward(model, &[vec![last]], Some(generated.state.clone()), 1, |_| {
-            Ok::<_, anyhow::Error>(())
-        }),
+        Some(&last) => {
+            let mut runner = ModelRunner::new(model);
+            let state = Some(generated.state.clone());
+            forward(&mut runner, &[vec![last]], state, 1, |_| Ok::<_, anyhow::Error>(()))
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use elapid_infer::{Options, Request, Sampling, Vocabulary, generate};
+use elapid_infer::{ModelRunner, Options, Request, Sampling, Vocabulary, generate};
 use elapid_models::LanguageModel;
 use elapid_tensor::DType;
 use elapid_tensor::cuda::Profiled;
@@ -185,7 +185,9 @@ pub fn sample_text(
         max_tokens: tokens,
         ..Options::default()
     };
-    let generation = generate(model, &[request], &options, &mut |_| ControlFlow::Continue(()))?;
+    let generation = generate(&mut ModelRunner::new(model), &[request], &options, &mut |_| {
+        ControlFlow::Continue(())
+    })?;
     Ok(generation.sequences.into_iter().map(|sequence| sequence.text).collect())
 }
 

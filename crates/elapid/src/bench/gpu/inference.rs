@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
-use elapid_infer::{Options, Request, Sampling, generate};
+use elapid_infer::{ModelRunner, Options, Request, Sampling, generate};
 use elapid_models::{Context, LanguageModel, MambaConfig, State};
 use elapid_tensor::autograd::no_grad;
 use elapid_tensor::{Sequences, Tensor};
@@ -79,8 +79,10 @@ pub fn run(bench: &mut Bench, decode: bool, prefill: bool) -> Result<Inference> 
         };
         let request = Request { prompt: vec![1], id: 0, state: Some(state.clone()) };
         let requests = std::slice::from_ref(&request);
+        let mut runner = ModelRunner::new(&model);
         time(bench, task, || {
-            let made = generate(&model, requests, &options, &mut |_| ControlFlow::Continue(()))?;
+            let made =
+                generate(&mut runner, requests, &options, &mut |_| ControlFlow::Continue(()))?;
             Ok(made.timing.decode.as_secs_f64() / made.timing.decode_tokens as f64)
         })?;
     }

@@ -1,0 +1,162 @@
+//! What generation, evaluation and the commands run a model by: token ids in, logits of the wanted tokens and the
+//! state out, whatever computes them.
+
+use std::ops::ControlFlow;
+
+use elapid_models::{Context, LanguageModel, MambaConfig, State};
+use elapid_tensor::autograd::no_grad;
+use elapid_tensor::{Device, Sequences, Tensor};
+
+use crate::gpu_steps::GpuSteps;
+use crate::{Error, Result};
+
+/// Logits are made for so many values at a time (16 MB).
+const LOGITS_AT_ONCE: usize = 1 << 22;
+
+/// Logits of some of the wanted tokens, which come in order.
+#[derive(Debug, Clone, Copy)]
+pub struct Logits<'a> {
+    /// Index of the first of them among the wanted tokens.
+    pub first: usize,
+    /// [tokens, V] in f32 on the host, padded rows of the vocabulary included.
+    pub values: &'a [f32],
+}
+
+/// What takes logits; a break says that no more are needed.
+pub type Receiver<'a> = dyn FnMut(Logits<'_>) -> ControlFlow<()> + 'a;
+
+/// A model that is ready to run.
+///
+/// The logits and the state of a sequence have the same bits alone and in any batch, and wherever it is divided
+/// among calls.
+pub trait Runner {
+    /// The model's shape.
+    fn config(&self) -> &MambaConfig;
+
+    /// The state of `slots` sequences that have seen nothing.
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    fn fresh_state(&self, slots: usize) -> Result<State>;
+
+    /// Checks that a state is one of this model.
+    ///
+    /// # Errors
+    /// With the first difference.
+    fn check_state(&self, state: &State) -> Result<()>;
+
+    /// Runs the tokens `ids` [T] of `sequences` from `state` (none: every sequence starts from nothing) and returns
+    /// the state after each sequence. `wanted` are the tokens whose logits `receive` gets, ascending, in 0..T.
+    ///
+    /// A state that nobody else holds is updated in place.
+    ///
+    /// # Errors
+    /// If an id is outside the vocabulary, the number of ids is not that of the sequences, the state is missing or of
+    /// another model, or a wanted token is not there.
+    fn run(
+        &mut self,
+        ids: &[u32],
+        sequences: &Sequences,
+        state: Option<State>,
+        wanted: &[usize],
+        receive: &mut Receiver<'_>,
+    ) -> Result<State>;
+}
+
+/// Checks the arguments of [`Runner::run`] that do not depend on the model.
+pub(crate) fn check_wanted(ids: &[u32], sequences: &Sequences, wanted: &[usize]) -> Result<()> {
+    let refuse = |name, expected, found| Err(Error::Option { name, expected, found });
+    if ids.len() != sequences.tokens() {
+        let found = format!("{} ids for {} tokens", ids.len(), sequences.tokens());
+        return refuse("ids", "one for each token of the sequences", found);
+    }
+    if wanted.windows(2).any(|pair| pair[0] >= pair[1]) {
+        return refuse("wanted", "ascending tokens", format!("{wanted:?}"));
+    }
+    match wanted.last() {
+        Some(&last) if last >= ids.len() => {
+            refuse("wanted", "tokens of the batch", format!("token {last} of {}", ids.len()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Runs a [`LanguageModel`] where it is; decode steps on a GPU are recorded once and launched as one.
+pub struct ModelRunner<'a> {
+    model: &'a LanguageModel,
+    steps: Option<GpuSteps>,
+}
+
+impl<'a> ModelRunner<'a> {
+    /// A runner of `model`.
+    pub fn new(model: &'a LanguageModel) -> Self {
+        Self { model, steps: None }
+    }
+}
+
+impl Runner for ModelRunner<'_> {
+    fn config(&self) -> &MambaConfig {
+        self.model.config()
+    }
+
+    fn fresh_state(&self, slots: usize) -> Result<State> {
+        Ok(self.model.fresh_state(slots)?)
+    }
+
+    fn check_state(&self, state: &State) -> Result<()> {
+        Ok(self.model.check_state(state)?)
+    }
+
+    fn run(
+        &mut self,
+        ids: &[u32],
+        sequences: &Sequences,
+        state: Option<State>,
+        wanted: &[usize],
+        receive: &mut Receiver<'_>,
+    ) -> Result<State> {
+        check_wanted(ids, sequences, wanted)?;
+        let decoding = wanted.len() == ids.len()
+            && sequences.len() == sequences.slots()
+            && (sequences.into_iter().enumerate())
+                .all(|(slot, s)| s.slot == slot && s.len == 1 && s.continued);
+        no_grad(|| {
+            if self.steps.is_none() {
+                self.steps = self.model.device().gpu()?.map(GpuSteps::new);
+            }
+            let state = match (state, &mut self.steps) {
+                (Some(state), Some(steps)) if decoding => {
+                    let (logits, state) = steps.step(self.model, ids, sequences, state)?;
+                    let logits = logits.to(Device::Cpu)?;
+                    let _ = receive(Logits { first: 0, values: logits.data::<f32>()? });
+                    return Ok(state);
+                }
+                (state, _) => state,
+            };
+            let ids = Tensor::from_slice(ids, [ids.len()])?;
+            let (hidden, state) = self.model.hidden(&ids, sequences, state, &mut Context::new())?;
+            let step = (LOGITS_AT_ONCE / self.config().padded_vocab_size()).max(1);
+            let mut first = 0;
+            for part in wanted.chunks(step) {
+                let logits = self.model.logits(&rows(&hidden, part)?)?.to(Device::Cpu)?;
+                if receive(Logits { first, values: logits.data::<f32>()? }).is_break() {
+                    break;
+                }
+                first += part.len();
+            }
+            Ok(state)
+        })
+    }
+}
+
+/// The given rows of [T, D], ascending.
+fn rows(hidden: &Tensor, wanted: &[usize]) -> Result<Tensor> {
+    let stretches: Vec<Tensor> = wanted
+        .chunk_by(|a, b| a + 1 == *b)
+        .map(|stretch| hidden.narrow(0, stretch[0], stretch.len()))
+        .collect::<Result<_, _>>()?;
+    Ok(match stretches.as_slice() {
+        [stretch] => stretch.clone(),
+        _ => Tensor::concat(&stretches.iter().collect::<Vec<_>>(), 0)?,
+    })
+}
