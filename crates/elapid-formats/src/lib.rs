@@ -10,10 +10,15 @@ mod error;
 mod fingerprint;
 pub mod hf;
 mod json;
+mod model_source;
 pub mod state_file;
 pub mod tensor_file;
 
 pub use error::{Error, Result, TensorProblem};
 pub use fingerprint::{Fingerprint, state_hash};
+pub use model_source::{
+    Bytes, Format, Layout, ModelSource, PYTORCH_FILE, PYTORCH_INDEX_FILE, StoredTensor, load_model,
+    load_weights,
+};
 pub use state_file::{StateFile, load_state, save_state};
 pub use tensor_file::{TensorFile, save_tensors};

@@ -10,6 +10,7 @@ mod error;
 mod initialize;
 mod language_model;
 pub mod mixers;
+mod outline;
 mod parameter;
 mod state;
 
@@ -18,5 +19,6 @@ pub use config::{DtInit, MambaConfig, NormKind};
 pub use context::{Context, Tap};
 pub use error::{Error, Result};
 pub use language_model::LanguageModel;
+pub use outline::{ParameterOutline, parameter_outlines};
 pub use parameter::{Kind, Linear, Parameter};
 pub use state::{LayerState, State};

@@ -6,15 +6,14 @@
 //! LayerNorm (`"rms_norm": false`) use the same names, though transformers itself knows RMSNorm only.
 
 mod config;
-mod load;
 mod original;
 mod save;
-mod weights;
 
 pub use config::{config_from_json, config_to_json, load_config};
-pub use load::{load_model, load_weights};
 pub use save::save_model;
 pub(crate) use save::write_model_files;
+
+pub use crate::model_source::{load_model, load_weights};
 
 /// The configuration's file name.
 pub const CONFIG_FILE: &str = "config.json";
@@ -23,5 +22,5 @@ pub const WEIGHTS_FILE: &str = "model.safetensors";
 /// The file name of the list of shards.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
 
-const EMBEDDINGS: &str = "backbone.embeddings.weight";
-const HEAD: &str = "lm_head.weight";
+pub(crate) const EMBEDDINGS: &str = "backbone.embeddings.weight";
+pub(crate) const HEAD: &str = "lm_head.weight";

@@ -6,9 +6,9 @@ use std::path::Path;
 use elapid_models::LanguageModel;
 use elapid_tensor::DType;
 
-use super::load::stored_shape;
 use super::{CONFIG_FILE, WEIGHTS_FILE, config_to_json};
 use crate::fingerprint::write_hashed;
+use crate::model_source::stored_shape;
 use crate::tensor_file::{Entry, Metadata, write_tensors};
 use crate::{Error, Result, atomic};
 

@@ -4,10 +4,10 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use elapid_tensor::{Buffer, DType, Element, MAX_RANK, Tensor, bf16, f16};
-use memmap2::Mmap;
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
+use crate::model_source::Bytes;
 use crate::{Error, Result};
 
 /// Opens a file for reading; folders, pipes and devices are refused before they can block.
@@ -41,7 +41,7 @@ fn stored_dtype(dtype: Dtype) -> Option<DType> {
 #[derive(Debug)]
 pub struct TensorFile {
     path: PathBuf,
-    map: Mmap,
+    map: Bytes,
     data_start: usize,
     metadata: Metadata,
 }
@@ -52,18 +52,12 @@ impl TensorFile {
     /// # Errors
     /// [`Error::Io`], or [`Error::Format`] if the file is truncated or its header contradicts itself.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = open_regular(path)?;
-        let length = file.metadata().map_err(Error::io("read", path))?.len();
-        if length < 8 {
-            return Err(Error::format(
-                path,
-                format!("truncated: a safetensors file has at least 8 bytes, found {length}"),
-            ));
+        let map = Bytes::map(path)?;
+        if map.len() < 8 {
+            let message =
+                format!("truncated: a safetensors file has at least 8 bytes, found {}", map.len());
+            return Err(Error::format(path, message));
         }
-        // SAFETY: the mapping is read-only, and every writer of this program replaces files by renaming,
-        // so the mapped file does not change; that others do not cut it meanwhile is a condition of use
-        // that all memory-mapping readers share.
-        let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
         let (data_start, metadata) =
             parse_header(&map).map_err(|message| Error::format(path, message))?;
         Ok(Self { path: path.into(), map, data_start, metadata })
@@ -135,6 +129,18 @@ impl TensorFile {
             .ok_or_else(|| Error::format(&self.path, format!("{name} lies outside the file")))
     }
 
+    /// A tensor's bytes as a part of the memory map that outlives this.
+    ///
+    /// # Errors
+    /// If there is no such tensor.
+    pub(crate) fn stored_bytes(&self, name: &str) -> Result<Bytes> {
+        let (start, end) = self.metadata.info(name).ok_or_else(|| self.missing(name))?.data_offsets;
+        let shift = |offset: usize| offset.saturating_add(self.data_start);
+        self.map
+            .slice(shift(start)..shift(end))
+            .ok_or_else(|| Error::format(&self.path, format!("{name} lies outside the file")))
+    }
+
     /// A tensor of the type that it is stored as.
     ///
     /// # Errors
@@ -168,33 +174,6 @@ impl TensorFile {
         }
     }
 
-    /// Copies a tensor of type f32, bf16 or f16 into `values`, which has as many elements.
-    ///
-    /// # Errors
-    /// If there is none of that name, or its type or number of elements is another.
-    pub(crate) fn read_f32(&self, name: &str, values: &mut [f32]) -> Result<()> {
-        let bytes = self.bytes(name)?;
-        let dtype = self.dtype(name);
-        let width = dtype.map_or(1, DType::size);
-        if bytes.len() != values.len() * width {
-            return Err(Error::format(
-                &self.path,
-                format!("{name}: expected {} elements, found {} bytes", values.len(), bytes.len()),
-            ));
-        }
-        match dtype {
-            Some(DType::F32) => convert(bytes, values, f32::from_le_bytes),
-            Some(DType::BF16) => convert(bytes, values, |b| bf16::from_le_bytes(b).to_f32()),
-            Some(DType::F16) => convert(bytes, values, |b| f16::from_le_bytes(b).to_f32()),
-            _ => {
-                let found = self.dtype_name(name).unwrap_or_default();
-                let message = format!("{name}: expected F32, BF16 or F16, found {found}");
-                return Err(Error::format(&self.path, message));
-            }
-        }
-        Ok(())
-    }
-
     /// A shape that a tensor of ours can have: few axes, and no product of extents overflows.
     fn checked_shape<'a>(&self, name: &str, shape: &'a [usize]) -> Result<&'a [usize]> {
         let product = shape.iter().filter(|&&n| n > 0).try_fold(1usize, |a, &b| a.checked_mul(b));
@@ -207,13 +186,6 @@ impl TensorFile {
 
     fn missing(&self, name: &str) -> Error {
         Error::format(&self.path, format!("has no tensor {name:?}"))
-    }
-}
-
-fn convert<const N: usize>(bytes: &[u8], values: &mut [f32], read: impl Fn([u8; N]) -> f32) {
-    let (chunks, _) = bytes.as_chunks::<N>();
-    for (value, chunk) in values.iter_mut().zip(chunks) {
-        *value = read(*chunk);
     }
 }
 
