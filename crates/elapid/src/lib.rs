@@ -10,6 +10,7 @@
 //! | [`data`] | `elapid-data` | bytes and synthetic tasks, packing, prefetch |
 //! | [`train`] | `elapid-train` | the training loop |
 //! | [`infer`] | `elapid-infer` | sampling and generation |
+//! | [`eval`] | `elapid-eval` | perplexity, divergence from another model |
 //!
 //! Generating from a model:
 //!
@@ -38,6 +39,7 @@
 //! ```
 
 pub use elapid_data as data;
+pub use elapid_eval as eval;
 pub use elapid_formats as formats;
 pub use elapid_infer as infer;
 pub use elapid_models as models;
