@@ -76,12 +76,21 @@ pub enum Error {
         /// What the file has.
         found: String,
     },
+    /// The hub has not what was asked for, or does not give it.
+    #[error(transparent)]
+    Hub(Box<crate::hub::HubError>),
     /// A model could not be built or visited.
     #[error(transparent)]
     Model(Box<elapid_models::Error>),
     /// A tensor could not be built or read.
     #[error(transparent)]
     Tensor(Box<elapid_tensor::Error>),
+}
+
+impl From<crate::hub::HubError> for Error {
+    fn from(error: crate::hub::HubError) -> Self {
+        Self::Hub(Box::new(error))
+    }
 }
 
 impl From<elapid_models::Error> for Error {

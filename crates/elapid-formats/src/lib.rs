@@ -9,10 +9,12 @@ pub mod checkpoint;
 mod error;
 mod fingerprint;
 pub mod hf;
+pub mod hub;
 mod json;
 mod model_source;
 pub mod state_file;
 pub mod tensor_file;
+pub mod tokenizer;
 
 pub use error::{Error, Result, TensorProblem};
 pub use fingerprint::{Fingerprint, state_hash};
@@ -22,3 +24,4 @@ pub use model_source::{
 };
 pub use state_file::{StateFile, load_state, save_state};
 pub use tensor_file::{TensorFile, save_tensors};
+pub use tokenizer::Tokenizer;

@@ -3,27 +3,13 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use elapid_models::{MambaConfig, State};
+use elapid_formats::Tokenizer;
+use elapid_formats::tokenizer::Detokenizer;
+use elapid_models::State;
 use elapid_tensor::{Sequence, Sequences};
 
 use crate::prefill::{self, Feed, check_tokens};
 use crate::{Error, Logits, Result, Runner, Sampler, Sampling, TextStream};
-
-/// What token ids stand for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Vocabulary {
-    /// A token is a byte.
-    Bytes,
-    /// Only a tokenizer knows.
-    Ids,
-}
-
-impl Vocabulary {
-    /// Bytes if the model has exactly 256 tokens.
-    pub fn of(config: &MambaConfig) -> Self {
-        if config.vocab_size == 256 { Self::Bytes } else { Self::Ids }
-    }
-}
 
 /// One sequence to be continued.
 #[derive(Debug, Clone, Default)]
@@ -43,9 +29,11 @@ pub struct Options {
     pub sampling: Sampling,
     /// Tokens at most, for each sequence; 0 reads the prompts only.
     pub max_tokens: usize,
-    /// Strings that end a sequence and are not part of its text. Byte-level models only.
+    /// Turns tokens into text. Without one, the tokens of a vocabulary of 256 are bytes, and others give none.
+    pub tokenizer: Option<Tokenizer>,
+    /// Strings that end a sequence and are not part of its text. They need tokens that give text.
     pub stop: Vec<String>,
-    /// Tokens that end a sequence.
+    /// Tokens that end a sequence; they are no part of its text.
     pub end_of_sequence: Vec<u32>,
     /// Prompts are read so many tokens at a time, which bounds memory.
     pub chunk: usize,
@@ -56,6 +44,7 @@ impl Default for Options {
         Self {
             sampling: Sampling::default(),
             max_tokens: 256,
+            tokenizer: None,
             stop: Vec::new(),
             end_of_sequence: Vec::new(),
             chunk: 2048,
@@ -93,7 +82,7 @@ pub struct Event<'a> {
 pub struct Generated {
     /// The new tokens.
     pub tokens: Vec<u32>,
-    /// Their text, without the stop string; empty if the model is not byte-level.
+    /// Their text, without the stop string; empty if there is no tokenizer.
     pub text: String,
     /// Why it ended.
     pub finish: Finish,
@@ -147,9 +136,22 @@ struct Running {
     /// Prompt and new tokens.
     history: Vec<u32>,
     prompt: usize,
+    /// None if tokens give no text.
+    detokenizer: Option<Detokenizer>,
     stream: TextStream,
     text: String,
     finish: Option<Finish>,
+}
+
+impl Running {
+    /// The end of the text: all that was held back. After a stop string nothing follows.
+    fn rest(&mut self, stopped: bool) -> String {
+        let mut bytes = Vec::new();
+        if let Some(detokenizer) = self.detokenizer.take().as_mut().filter(|_| !stopped) {
+            detokenizer.finish(&mut bytes);
+        }
+        self.stream.push(&bytes).0 + &self.stream.finish()
+    }
 }
 
 /// Continues every request. `on_event` is shown each token as it comes and may stop all of them.
@@ -163,11 +165,12 @@ pub fn generate(
     options: &Options,
     on_event: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
 ) -> Result<Generation> {
-    let vocabulary = Vocabulary::of(runner.config());
-    if !options.stop.is_empty() && vocabulary == Vocabulary::Ids {
+    let vocabulary = runner.config().vocab_size;
+    let tokenizer = options.tokenizer.clone().or((vocabulary == 256).then(Tokenizer::bytes));
+    if !options.stop.is_empty() && tokenizer.is_none() {
         return Err(Error::Option {
             name: "stop",
-            expected: "none, as only byte-level models (256 tokens) make text",
+            expected: "none, as without a tokenizer there is no text",
             found: format!("{:?} for {} tokens", options.stop, runner.config().vocab_size),
         });
     }
@@ -180,14 +183,14 @@ pub fn generate(
     }
     let stream = TextStream::new(&options.stop)?;
     let sampler = Sampler::new(&options.sampling, runner.config().vocab_size)?;
-    let mut engine = Engine { runner, options, vocabulary, sampler, on_event };
+    let mut engine = Engine { runner, options, tokenizer, sampler, on_event };
     engine.run(requests, &stream)
 }
 
 struct Engine<'a> {
     runner: &'a mut dyn Runner,
     options: &'a Options,
-    vocabulary: Vocabulary,
+    tokenizer: Option<Tokenizer>,
     sampler: Sampler,
     on_event: &'a mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
 }
@@ -208,6 +211,7 @@ impl Engine<'_> {
                 id: request.id,
                 history: request.prompt.clone(),
                 prompt: request.prompt.len(),
+                detokenizer: (self.tokenizer.as_ref()).map(|own| own.detokenizer(&request.prompt)),
                 stream: stream.clone(),
                 text: String::new(),
                 finish: (self.options.max_tokens == 0).then_some(Finish::Length),
@@ -326,10 +330,11 @@ impl Engine<'_> {
     /// Turns a token into text, tells the receiver, and decides whether the sequence ends.
     fn receive(&mut self, running: &mut Running, token: u32) -> ControlFlow<()> {
         let ended = self.options.end_of_sequence.contains(&token);
-        let (mut text, stopped) = match (self.vocabulary, u8::try_from(token)) {
-            (Vocabulary::Bytes, Ok(byte)) if !ended => running.stream.push(&[byte]),
-            _ => (String::new(), false),
-        };
+        let mut bytes = Vec::new();
+        if let Some(detokenizer) = running.detokenizer.as_mut().filter(|_| !ended) {
+            detokenizer.push(token, &mut bytes);
+        }
+        let (mut text, stopped) = running.stream.push(&bytes);
         let full = running.history.len() - running.prompt >= self.options.max_tokens;
         running.finish = match (stopped, ended, full) {
             (true, ..) => Some(Finish::Stop),
@@ -338,7 +343,7 @@ impl Engine<'_> {
             _ => None,
         };
         if running.finish.is_some() {
-            text += &running.stream.finish();
+            text += &running.rest(stopped);
         }
         running.text += &text;
         (self.on_event)(Event { sequence: running.sequence, token, text: &text })
@@ -363,7 +368,8 @@ fn leave(
                 stay.push(running);
             }
             Some(finish) => {
-                running.text += &running.stream.finish();
+                let rest = running.rest(false);
+                running.text += &rest;
                 done[running.sequence] = Some(Generated {
                     tokens: running.history.split_off(running.prompt),
                     text: running.text,

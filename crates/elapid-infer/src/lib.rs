@@ -15,9 +15,7 @@ mod text;
 
 pub use error::{Error, Result};
 pub use forward::{Piece, forward};
-pub use generate::{
-    Event, Finish, Generated, Generation, Options, Request, Timing, Vocabulary, generate,
-};
+pub use generate::{Event, Finish, Generated, Generation, Options, Request, Timing, generate};
 pub use runner::{Logits, ModelRunner, Receiver, Runner};
 pub use sampler::{Sampler, Sampling};
 pub use text::{StopStrings, TextStream, Utf8Stream};

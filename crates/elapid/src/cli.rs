@@ -9,7 +9,9 @@ use clap::{Args, Parser, Subcommand};
 use elapid_models::LanguageModel;
 use elapid_tensor::{DType, Device};
 
-use crate::commands::{bench, completions, doctor, forward, generate, inspect, quickstart, train};
+use crate::commands::{
+    bench, completions, doctor, forward, generate, inspect, pull, quickstart, train,
+};
 use crate::exit::Usage;
 
 const EXAMPLES: &str = "\
@@ -19,6 +21,7 @@ Examples:
   elapid doctor                                      what this machine offers
   elapid inspect runs/first                          what a folder or file holds
   elapid generate --model runs/first --prompt 'The ' continue a text
+  elapid pull state-spaces/mamba-130m-hf             a model from the Hugging Face hub
   elapid generate --help                             all options of a command
 
 Exit codes: 0 done, 1 the work failed, 2 the call was wrong.
@@ -58,6 +61,9 @@ pub struct Global {
     /// CPU threads [default: one per core]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
+    /// Never ask the network: models of the hub must be in its cache (also HF_HUB_OFFLINE=1)
+    #[arg(long, global = true)]
+    pub offline: bool,
 }
 
 /// What `--device` names.
@@ -140,6 +146,8 @@ pub enum Command {
     Forward(forward::Arguments),
     /// Show what a model folder, checkpoint, state file or safetensors file holds
     Inspect(inspect::Arguments),
+    /// Download a model from the Hugging Face hub into the cache that its other clients use
+    Pull(pull::Arguments),
     /// Measure the speed of this machine, each figure beside what the machine can do at most
     Bench(bench::Arguments),
     /// Check this machine, and a model on it
@@ -151,8 +159,9 @@ pub enum Command {
 /// `--model`, as every command that needs a model has it.
 #[derive(Debug, Clone, Args)]
 pub struct ModelArgument {
-    /// Model: a Hugging Face folder, a checkpoint folder, or a run folder (its best checkpoint)
-    #[arg(long, value_name = "DIR")]
+    /// Model: a Hugging Face folder, a checkpoint folder, a run folder (its best checkpoint), or OWNER/NAME on
+    /// the Hugging Face hub (OWNER/NAME@REVISION, OWNER/NAME/FILE.gguf), which is downloaded once
+    #[arg(long, value_name = "MODEL")]
     pub model: PathBuf,
 }
 

@@ -5,9 +5,11 @@ mod bench;
 mod cli;
 mod commands;
 mod exit;
+mod hub;
 mod interrupt;
 mod model_folder;
 mod output;
+mod text_of;
 
 use std::process::ExitCode;
 

@@ -8,6 +8,8 @@ use elapid_formats::checkpoint::{Checkpoint, Store};
 use elapid_formats::hf;
 use elapid_models::LanguageModel;
 
+use crate::hub;
+
 /// A run keeps its checkpoints here, or directly in its folder.
 const CHECKPOINTS: &str = "checkpoints";
 /// What only checkpoints have.
@@ -30,6 +32,9 @@ pub fn load(path: &Path) -> Result<(LanguageModel, PathBuf)> {
 
 /// The folder that holds the model's files.
 pub fn resolve(path: &Path) -> Result<PathBuf> {
+    if let Some(found) = hub::model(path)? {
+        return Ok(found);
+    }
     let metadata =
         path.metadata().with_context(|| format!("cannot open the model {}", path.display()))?;
     if metadata.is_file() {

@@ -136,7 +136,7 @@ fn a_model_without_bytes_takes_and_prints_ids() {
     let folder = golden().join("hf");
     let model = folder.to_str().unwrap();
     let call = |more: &[&str]| program.run(&[&["generate", "--model", model], more].concat());
-    call(&["--prompt", "text"]).fails(2, &["264 tokens", "--tokens"]);
+    call(&["--prompt", "text"]).fails(2, &["264 tokens", "tokenizer.json", "--tokens"]);
     call(&["--tokens", "1", "--stop", "x"]).fails(2, &["--stop"]);
     let text = call(&["--tokens", "5,9,200", "-n", "6", "--temperature", "0"]).ok();
     let ids: Vec<u32> = text.trim().split(',').map(|id| id.parse().unwrap()).collect();
@@ -144,4 +144,88 @@ fn a_model_without_bytes_takes_and_prints_ids() {
     let report = call(&["--tokens", "5,9,200", "-n", "6", "--temperature", "0", "--json"]).json();
     assert_eq!(report["tokens"], serde_json::json!(ids));
     assert!(report["text"].is_null());
+}
+
+/// The golden model with a tokenizer of its size: the 256 bytes, some words, and marks.
+fn golden_with_tokenizer(program: &Program) {
+    use elapid::formats::tokenizer::{TokenKind, Vocabulary};
+
+    std::fs::create_dir(program.path("words")).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(golden().join("hf").join(name), program.path("words").join(name)).unwrap();
+    }
+    let alphabet = (0..=255u8).map(|byte| match byte {
+        b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF => char::from(byte),
+        0..=32 => char::from_u32(0x100 + u32::from(byte)).unwrap(),
+        127..=160 => char::from_u32(0x121 + u32::from(byte) - 127).unwrap(),
+        _ => '\u{143}',
+    });
+    let mut tokens: Vec<String> = alphabet.map(String::from).collect();
+    tokens.extend(["th", "the", "Ġthe", "<|end|>"].map(String::from));
+    let mut kinds = vec![TokenKind::Normal; tokens.len()];
+    kinds[259] = TokenKind::Control;
+    let merges = ["t h", "th e", "Ġ the"].map(String::from).into();
+    let words = Vocabulary { model: "gpt2".into(), tokens, kinds, merges, ..Vocabulary::default() };
+    let text = words.to_json(std::path::Path::new("words")).unwrap().unwrap().to_string();
+    program.write("words/tokenizer.json", text);
+}
+
+#[test]
+fn a_model_with_a_tokenizer_reads_and_writes_text() {
+    use elapid::formats::Tokenizer;
+
+    let program = Program::new();
+    golden_with_tokenizer(&program);
+    let call = |more: &[&str]| {
+        let fixed = ["--temperature", "0", "--ignore-eos"];
+        program.run(&[&["generate", "--model", "words"], &fixed[..], more].concat())
+    };
+    let report = call(&["--prompt", "the the", "-n", "24", "--json"]).json();
+    assert_eq!(report["prompt_tokens"], 2);
+    let ids: Vec<u32> = serde_json::from_value(report["tokens"].clone()).unwrap();
+    let same = call(&["--tokens", "257,258", "-n", "24", "--json"]).json();
+    assert_eq!(report["tokens"], same["tokens"]);
+    let tokenizer = Tokenizer::open(&program.path("words/tokenizer.json")).unwrap();
+    let text = tokenizer.decode(&ids, true).unwrap();
+    assert_eq!(report["text"], text.as_str());
+    assert_eq!(call(&["--prompt", "the the", "-n", "24"]).ok(), text);
+
+    // The last token of some run, as the model's end of sequence.
+    let end = ids[7];
+    let first = ids.iter().position(|&id| id == end).unwrap();
+    program.write("words/generation_config.json", format!("{{\"eos_token_id\": [{end}]}}"));
+    assert_eq!(call(&["--prompt", "the the", "-n", "24"]).ok(), text);
+    let honoured = ["generate", "--model", "words", "--temperature", "0", "--json"];
+    let more = ["--prompt", "the the", "-n", "24"];
+    let stopped = program.run(&[&honoured[..], &more[..]].concat()).json();
+    assert_eq!(stopped["finish"], "end_of_sequence");
+    assert_eq!(stopped["tokens"], serde_json::json!(ids[..=first]));
+    let before = tokenizer.decode(&ids[..first], true).unwrap();
+    assert_eq!(stopped["text"], before.as_str());
+
+    // A stop string, from the middle of a token where it can be.
+    let chars: Vec<char> = text.chars().collect();
+    let pair = chars.windows(2).skip(1).find(|pair| pair.iter().all(char::is_ascii_graphic));
+    let stop: String = pair.unwrap().iter().collect();
+    let stopped = call(&["--prompt", "the the", "-n", "24", "--stop", &stop]).ok();
+    assert_eq!(Some(stopped.as_str()), text.split(&stop).next());
+    call(&["--prompt", ""]).fails(2, &["empty"]);
+    let piped = ["generate", "--model", "words", "--prompt-file", "-"];
+    program.run_with(&[0xFF], &piped).fails(1, &["tokenizer.json", "UTF-8"]);
+}
+
+#[test]
+fn a_tokenizer_may_lie_elsewhere() {
+    let program = Program::new();
+    golden_with_tokenizer(&program);
+    let bare = golden().join("hf");
+    let call = |tokenizer: &str| {
+        let call = ["generate", "--model", bare.to_str().unwrap(), "--prompt", "the", "--json"];
+        program.run(&[&call[..], &["-n", "3", "--tokenizer", tokenizer]].concat())
+    };
+    assert_eq!(call("words/tokenizer.json").json()["prompt_tokens"], 1);
+    assert_eq!(call("words").json()["prompt_tokens"], 1);
+    call("none.json").fails(1, &["none.json"]);
+    program.write("words/tokenizer.json", "{\"model\": 3}");
+    call("words").fails(1, &["tokenizer.json", "no usable tokenizer"]);
 }

@@ -9,8 +9,7 @@ use anyhow::{Context, Result};
 use clap::{ArgGroup, Args};
 use elapid_formats::{Fingerprint, load_state, save_state};
 use elapid_infer::{
-    Event, Finish, Generated, ModelRunner, Options, Request, Sampling, Timing, Vocabulary, forward,
-    generate,
+    Event, Finish, Generated, ModelRunner, Options, Request, Sampling, Timing, forward, generate,
 };
 use elapid_models::{LanguageModel, State};
 use serde::Serialize;
@@ -19,17 +18,22 @@ use crate::cli::{Global, JsonArgument, ModelArgument, Placement};
 use crate::exit::Usage;
 use crate::model_folder;
 use crate::output::{grouped, print_json, rate};
+use crate::text_of::TextOf;
 
 const EXAMPLES: &str = "\
 Examples:
   elapid generate --model runs/first --prompt 'The snake '
   elapid generate --model runs/first --prompt-file story.txt --max-tokens 1000 --stop $'\\n\\n'
   echo 'fn main() {' | elapid generate --model runs/first --prompt-file - --temperature 0
+  elapid generate --model mamba-130m-hf --prompt 'Mamba is the' --temperature 0 -n 20
+  elapid generate --model state-spaces/mamba-130m --tokenizer EleutherAI/gpt-neox-20b --prompt 'Mamba'
   elapid generate --model mamba-130m-hf --tokens 510,5347,273 --seed 1 --json
   elapid generate --model runs/first --prompt 'Chapter 1' --state-out chapter.state
   elapid generate --model runs/first --state-in chapter.state --prompt ' and then'
 
-A model of 256 tokens reads and writes bytes; other models need --tokens and print token ids.
+Text needs a tokenizer: the model's tokenizer.json or GGUF vocabulary, or the one of --tokenizer; a
+model of 256 tokens reads and writes bytes. Without one, --tokens gives ids and ids are printed.
+A text ends at the model's end-of-sequence token (generation_config.json, config.json, tokenizer).
 Sampling: repetition penalty, temperature, top-k, top-p, min-p, in this order.";
 
 /// Arguments of `elapid generate`.
@@ -53,6 +57,12 @@ pub struct Arguments {
     /// Stop at this text, which is not printed (repeatable)
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
+    /// Go on after the model's end-of-sequence token
+    #[arg(long)]
+    ignore_eos: bool,
+    /// tokenizer.json, a folder with one, or OWNER/NAME on the hub, instead of the model's own
+    #[arg(long, value_name = "PATH")]
+    tokenizer: Option<PathBuf>,
     /// Go on from this state
     #[arg(long, value_name = "FILE", help_heading = "State")]
     state_in: Option<PathBuf>,
@@ -111,7 +121,7 @@ struct Report<'a> {
     model: String,
     prompt_tokens: usize,
     tokens: &'a [u32],
-    /// Byte-level models only.
+    /// With a tokenizer only.
     text: Option<&'a str>,
     finish: Finish,
     seed: u64,
@@ -125,7 +135,7 @@ struct Report<'a> {
 
 /// Generates.
 pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
-    let options = Options {
+    let mut options = Options {
         sampling: arguments.sampling.sampling(),
         max_tokens: arguments.max_tokens,
         stop: arguments.stop.clone(),
@@ -136,8 +146,13 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
 
     let placement = global.placement()?;
     let (mut model, folder) = model_folder::load(&arguments.model.model)?;
-    let vocabulary = Vocabulary::of(model.config());
-    let prompt = prompt(arguments, vocabulary, model.config().vocab_size)?;
+    let text = TextOf::model(&folder, model.config(), arguments.tokenizer.as_deref())?;
+    let prompt = prompt(arguments, &text)?;
+    options.tokenizer = text.tokenizer.clone();
+    if !arguments.ignore_eos {
+        options.end_of_sequence = text.end_of_sequence.clone();
+    }
+    let with_text = text.tokenizer.is_some();
     let fingerprint = match (&arguments.state_in, &arguments.state_out) {
         (None, None) => None,
         _ => Some(Fingerprint::of_model(&mut model)?),
@@ -149,7 +164,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     };
     let request = Request { prompt, id: 0, state };
 
-    let mut writer = (!arguments.json.json).then(|| Writer::new(vocabulary));
+    let mut writer = (!arguments.json.json).then(|| Writer::new(with_text));
     let outcome = generate(
         &mut ModelRunner::new(&model),
         std::slice::from_ref(&request),
@@ -177,7 +192,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
             model: folder.display().to_string(),
             prompt_tokens: request.prompt.len(),
             tokens: &generated.tokens,
-            text: (vocabulary == Vocabulary::Bytes).then_some(generated.text.as_str()),
+            text: with_text.then_some(generated.text.as_str()),
             finish: generated.finish,
             seed,
             device: placement.device.to_string(),
@@ -193,17 +208,11 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
 }
 
 /// The tokens to read first.
-fn prompt(arguments: &Arguments, vocabulary: Vocabulary, tokens: usize) -> Result<Vec<u32>> {
+fn prompt(arguments: &Arguments, text: &TextOf) -> Result<Vec<u32>> {
     if let Some(ids) = &arguments.tokens {
         return Ok(ids.clone());
     }
-    if vocabulary == Vocabulary::Ids {
-        return Err(Usage::new(format!(
-            "this model has a vocabulary of {tokens} tokens and its tokenizer is not supported yet: \
-             give token ids with --tokens 1,2,3"
-        ))
-        .into());
-    }
+    let tokenizer = text.tokenizer()?;
     let bytes = match (&arguments.prompt, &arguments.prompt_file) {
         (Some(text), _) => text.clone().into_bytes(),
         (None, Some(path)) if path.as_os_str() == "-" => {
@@ -223,10 +232,12 @@ fn prompt(arguments: &Arguments, vocabulary: Vocabulary, tokens: usize) -> Resul
         }
         (None, None) => b"\n".to_vec(),
     };
-    if bytes.is_empty() {
+    // Marks around a whole text do not belong in the middle of one.
+    let ids = tokenizer.encode_bytes(&bytes, arguments.state_in.is_none())?;
+    if ids.is_empty() {
         return Err(Usage::new("the prompt is empty: at least one byte is needed").into());
     }
-    Ok(bytes.into_iter().map(u32::from).collect())
+    Ok(ids)
 }
 
 fn read_state(path: &Path, model: &LanguageModel, fingerprint: &Fingerprint) -> Result<State> {
@@ -256,22 +267,23 @@ fn state_after(model: &LanguageModel, generated: &Generated) -> Result<State> {
 
 /// Streams to standard output.
 struct Writer {
-    vocabulary: Vocabulary,
+    /// Text, or a list of ids.
+    text: bool,
     first: bool,
     ends_line: bool,
     failed: Option<io::Error>,
 }
 
 impl Writer {
-    fn new(vocabulary: Vocabulary) -> Self {
-        Self { vocabulary, first: true, ends_line: false, failed: None }
+    fn new(text: bool) -> Self {
+        Self { text, first: true, ends_line: false, failed: None }
     }
 
     fn write(&mut self, event: Event<'_>) -> ControlFlow<()> {
-        let text = match (self.vocabulary, self.first) {
-            (Vocabulary::Bytes, _) => event.text.to_owned(),
-            (Vocabulary::Ids, true) => event.token.to_string(),
-            (Vocabulary::Ids, false) => format!(",{}", event.token),
+        let text = match (self.text, self.first) {
+            (true, _) => event.text.to_owned(),
+            (false, true) => event.token.to_string(),
+            (false, false) => format!(",{}", event.token),
         };
         self.first = false;
         if text.is_empty() {
@@ -295,8 +307,7 @@ impl Writer {
 
     /// Ends the line where people or lists need it; a file gets the text as it is.
     fn finish(self) -> io::Result<()> {
-        let list = self.vocabulary == Vocabulary::Ids;
-        if self.failed.is_none() && !self.ends_line && (list || io::stdout().is_terminal()) {
+        if self.failed.is_none() && !self.ends_line && (!self.text || io::stdout().is_terminal()) {
             self.print("\n")?;
         }
         self.failed.map_or(Ok(()), Err)

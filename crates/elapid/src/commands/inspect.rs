@@ -8,6 +8,7 @@ use anyhow::Result;
 use clap::Args;
 
 use crate::cli::JsonArgument;
+use crate::hub;
 use crate::output::print_json;
 
 const EXAMPLES: &str = "\
@@ -16,7 +17,8 @@ Examples:
   elapid inspect mamba-130m-hf --tensors
   elapid inspect chapter.state --json
 
-PATH is a model folder, a checkpoint, a run's folder, a state file or any safetensors file.
+PATH is a model folder, a checkpoint, a run's folder, a state file, any safetensors file, or OWNER/NAME
+on the Hugging Face hub.
 The report goes to stdout. Weights are not loaded; --json has every tensor.";
 
 /// Arguments of `elapid inspect`.
@@ -35,7 +37,8 @@ pub struct Arguments {
 
 /// Looks and reports.
 pub fn run(arguments: &Arguments) -> Result<()> {
-    let report = contents::report(&arguments.path)?;
+    let pulled = hub::model(&arguments.path)?;
+    let report = contents::report(pulled.as_deref().unwrap_or(&arguments.path))?;
     if arguments.json.json {
         return print_json(&report);
     }

@@ -6,6 +6,7 @@ pub mod doctor;
 pub mod forward;
 pub mod generate;
 pub mod inspect;
+pub mod pull;
 pub mod quickstart;
 pub mod train;
 
@@ -21,12 +22,14 @@ pub fn run(cli: Cli) -> Result<()> {
             .build_global()
             .context("cannot start the worker threads")?;
     }
+    crate::hub::set_offline(cli.global.offline);
     match cli.command {
         Command::Quickstart(arguments) => quickstart::run(&arguments, &cli.global),
         Command::Train(arguments) => train::run(&arguments, &cli.global),
         Command::Generate(arguments) => generate::run(&arguments, &cli.global),
         Command::Forward(arguments) => forward::run(&arguments, &cli.global),
         Command::Inspect(arguments) => inspect::run(&arguments),
+        Command::Pull(arguments) => pull::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments, &cli.global),
         Command::Doctor(arguments) => doctor::run(&arguments, &cli.global),
         Command::Completions(arguments) => completions::run(&arguments),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use elapid_infer::{ModelRunner, Options, Request, Sampling, Vocabulary, generate};
+use elapid_infer::{ModelRunner, Options, Request, Sampling, generate};
 use elapid_models::LanguageModel;
 use elapid_tensor::DType;
 use elapid_tensor::cuda::Profiled;
@@ -175,7 +175,7 @@ pub fn sample_text(
     tokens: usize,
     seed: u64,
 ) -> Result<String> {
-    if Vocabulary::of(model.config()) != Vocabulary::Bytes {
+    if model.config().vocab_size != 256 {
         return Err(Usage::new("only byte-level models make text").into());
     }
     let prompt = if prompt.is_empty() { "\n" } else { prompt };
