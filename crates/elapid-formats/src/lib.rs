@@ -8,6 +8,7 @@ pub mod atomic;
 pub mod checkpoint;
 mod error;
 mod fingerprint;
+pub mod gguf;
 pub mod hf;
 pub mod hub;
 mod json;

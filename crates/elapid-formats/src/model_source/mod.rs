@@ -8,6 +8,7 @@
 //! |---|---|
 //! | safetensors | `model.safetensors`, or shards with `model.safetensors.index.json` |
 //! | PyTorch | `pytorch_model.bin`, or shards with `pytorch_model.bin.index.json`; `.pt`, `.pth` |
+//! | GGUF | `.gguf` |
 //!
 //! The format is told by a file's first bytes. The configuration is the file's own or `config.json` beside it,
 //! in the layout of transformers or the original one, told apart by its keys; likewise the tensors' names.
@@ -26,6 +27,7 @@ use elapid_models::{LanguageModel, MambaConfig};
 pub use bytes::Bytes;
 pub(crate) use check::stored_shape;
 pub use stored_tensor::StoredTensor;
+pub(crate) use weights::Contents;
 use weights::Weights;
 pub use weights::{PYTORCH_FILE, PYTORCH_INDEX_FILE};
 
@@ -39,6 +41,8 @@ pub enum Format {
     Safetensors,
     /// PyTorch's pickles.
     PyTorch,
+    /// llama.cpp's GGUF.
+    Gguf,
 }
 
 impl fmt::Display for Format {
@@ -46,6 +50,7 @@ impl fmt::Display for Format {
         f.write_str(match self {
             Self::Safetensors => "safetensors",
             Self::PyTorch => "PyTorch",
+            Self::Gguf => "GGUF",
         })
     }
 }

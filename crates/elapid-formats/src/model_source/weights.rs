@@ -11,7 +11,7 @@ use elapid_tensor::DType;
 
 use super::{Bytes, Format, Layout, StoredTensor};
 use crate::hf::{CONFIG_FILE, EMBEDDINGS, HEAD, INDEX_FILE, WEIGHTS_FILE};
-use crate::{Error, Result, TensorFile, json};
+use crate::{Error, Result, TensorFile, gguf, json};
 
 const ORIGINAL_EMBEDDINGS: &str = "backbone.embedding.weight";
 
@@ -213,6 +213,10 @@ fn weight_map(index: &Path) -> Result<BTreeMap<String, String>> {
 
 /// Reads one file of whatever format.
 fn read_file(path: &Path) -> Result<(Format, Contents)> {
+    let bytes = Bytes::map(path)?;
+    if bytes.starts_with(&gguf::MAGIC) {
+        return Ok((Format::Gguf, gguf::read_contents(path, bytes)?));
+    }
     Ok((Format::Safetensors, read_safetensors(path)?))
 }
 
