@@ -117,6 +117,36 @@ fn greedy_continuations() {
 }
 
 #[test]
+fn decoding_leaves_other_threads_alone() {
+    // On a card both threads work in one stream; a product's kernels stay together there.
+    for model in models("hf") {
+        let repeats = match model.device() {
+            Device::Cuda(GpuId::Card(_)) => 60,
+            _ => 2,
+        };
+        let expected = expected();
+        let prompt = ids(&expected, "prompt0.input_ids");
+        let request = Request { prompt: prompt.clone(), ..Request::default() };
+        let (alone, _) = run(&model, &prompt, 7);
+        let options = Options { sampling: Sampling::greedy(), max_tokens: 8, ..Options::default() };
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for _ in 0..repeats {
+                    let mut runner = ModelRunner::new(&model);
+                    let request = std::slice::from_ref(&request);
+                    generate(&mut runner, request, &options, &mut |_| ControlFlow::Continue(()))
+                        .unwrap();
+                }
+            });
+            for turn in 0..repeats {
+                let (beside, _) = run(&model, &prompt, 7);
+                assert!(alone == beside, "{}, turn {turn}", model.device());
+            }
+        });
+    }
+}
+
+#[test]
 fn weights_stored_as_bf16() {
     for model in models("hf_bf16") {
         let expected = expected();

@@ -62,7 +62,7 @@ pub struct Product {
     /// Factor of A B.
     pub alpha: f32,
     /// Factor of what C held before; 0: it is not read. Where C is BF16, A B may be rounded to it before that is added
-    /// (cuBLASLt does; measured on an H200).
+    /// (cuBLASLt does; measured on an H200), so there must be no bias then.
     pub beta: f32,
     /// Address of `[n]` numbers that are added to every row of every C; 0 without a bias.
     pub bias: u64,
@@ -114,6 +114,9 @@ impl Product {
                 "the matrices of c overlap: {rows} rows of {width}, {} apart, the next matrix {step} further",
                 c.stride
             ));
+        }
+        if self.bias != 0 && self.beta != 0.0 && c.dtype == DType::BF16 {
+            return refused("c is bf16, read and given a bias: expected one of the two".into());
         }
         if self.bias != 0 {
             let (got, expected) = (self.bias_dtype, c.dtype);

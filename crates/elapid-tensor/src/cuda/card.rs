@@ -1,7 +1,7 @@
 //! A real card, through the driver and NVRTC.
 
 use std::ffi::{CString, c_char, c_void};
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
 use cudarc::driver::result as cu;
 use cudarc::driver::sys::{
@@ -298,6 +298,9 @@ impl Card {
     }
 
     pub(super) fn launch_graph(&self, graph: &CardGraph) -> Result<()> {
+        // A product may be several kernels that meet in the workspace of all products, those of the graph among them:
+        // nobody may be in the middle of one.
+        let _products = self.multiplier.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: both handles are alive.
         self.call("cuGraphLaunch", || unsafe { cu::graph::launch(graph.executable, self.stream) })
     }
