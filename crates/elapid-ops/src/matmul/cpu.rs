@@ -1,14 +1,13 @@
 //! The f32 matrix product on the CPU: blocking, small-row special cases and the division among threads.
 //!
 //! Work is divided into rectangles of the result, never along k, and each rectangle packs what it needs, so
-//! the bits of the result depend neither on the number of threads nor on the number of rows. Rows of the left
-//! operand that are contiguous along k are read in place; the right operand is packed into panels unless so
-//! few rows use it that packing would cost more than it saves.
+//! the bits of the result depend neither on the number of threads nor on the number of rows. Both operands are
+//! brought into the tiles' order (`pack.rs`) unless so little uses them that this would cost more than it saves;
+//! then they are read in place.
 
-use super::kernel::{
-    KC, MAX_MR, MAX_NR, Operand, Tile, pack_columns, pack_rows, run_tile, tile_columns, tile_shape,
-};
+use super::kernel::{KC, Left, MAX_MR, MAX_NR, Operand, Tile, run_tile, tile_columns, tile_shape};
 use super::matvec;
+use super::pack::{COPIED_ROW, copy_rows, pack_columns, pack_rows, panel_stride, tile_stride};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 use std::cell::RefCell;
@@ -21,10 +20,16 @@ const NC: usize = 1024;
 const PARALLEL_WORK: usize = 1 << 20;
 /// Most columns of a result that is computed transposed.
 const THIN: usize = 64;
+/// Tasks of a thread: more would even out a thread that is held up, but every task packs its part of the operands.
+const TASKS: usize = 2;
 /// Least multiply-adds of one task.
 const TASK_WORK: usize = 1 << 18;
 
-/// Cost of an element of the left operand read in place: a pass over the caches.
+/// Fewest rows and columns of a rectangle for which rows of the left operand are copied.
+const COPY_ROWS: usize = 16;
+const COPY_COLUMNS: usize = 64;
+
+/// Cost of an element of the left operand copied or read in place: a pass over the caches.
 const LEFT_IN_PLACE: f64 = 0.2;
 /// Cost of an element packed by whole vectors.
 const PACK_PANELS: f64 = 0.4;
@@ -198,14 +203,14 @@ fn run(out: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, add: bool) {
     });
 }
 
-/// Rows and columns of one task, about four tasks a thread. Each task packs its own part of the operands, so of
+/// Rows and columns of one task, about two tasks a thread. Each task packs its own part of the operands, so of
 /// all divisions the one is taken whose longest thread has least to do by a rough count of cycles: a task of few
 /// rows packs much of the right operand for little work, one of few columns passes over much of the left one.
 fn division([m, n, k]: [usize; 3], a: Operand, b: Operand, threads: usize) -> (usize, usize) {
     // Per element, in units of sixteen multiply-adds.
     let left = if a.col == 1 { LEFT_IN_PLACE } else { PACK };
     let right = if b.col == 1 { PACK_PANELS } else { PACK };
-    let tasks = (m * n * k / TASK_WORK).clamp(1, threads * 4);
+    let tasks = (m * n * k / TASK_WORK).clamp(1, threads * TASKS);
     let division = |row_tasks: usize| {
         let col_tasks = tasks.div_ceil(row_tasks);
         let row_step = m.div_ceil(row_tasks).next_multiple_of(MAX_MR).min(m.max(1));
@@ -254,12 +259,16 @@ impl WithSimd for Rectangle<'_> {
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { c, a, b, m, n, k, add, scratch } = self;
         let (mr, nr) = (tile_shape::<S>().0, tile_columns::<S>());
-        let pack_a = a.col != 1;
         // With one tile of rows every panel is used once: full panels are then read in place.
         let in_place = b.col == 1 && m <= mr;
+        let left = left_of(a, m, n);
         let kc_most = KC.min(k);
-        let b_room = n.min(NC).next_multiple_of(nr) * kc_most;
-        let a_room = if pack_a { m.min(MC).next_multiple_of(mr) * kc_most } else { 0 };
+        let b_room = n.min(NC).div_ceil(nr) * panel_stride::<S>(kc_most);
+        let a_room = match left {
+            Left::InPlace => 0,
+            Left::Copied => m.min(MC) * COPIED_ROW,
+            Left::Packed => m.min(MC).div_ceil(mr) * tile_stride::<S>(kc_most),
+        };
         if scratch.len() < a_room + b_room {
             scratch.resize(a_room + b_room, 0.0);
         }
@@ -269,35 +278,38 @@ impl WithSimd for Rectangle<'_> {
             let cols = NC.min(n - j0);
             for k0 in (0..k).step_by(KC) {
                 let kc = KC.min(k - k0);
+                let (panel, tile) = (panel_stride::<S>(kc), tile_stride::<S>(kc));
                 let full = if in_place { cols / nr * nr } else { 0 };
                 // SAFETY: the blocks are inside the operands, the packed images inside the scratch, and the
                 // tiles inside the rectangle, which is this task's own.
                 unsafe {
-                    pack_columns(simd, b.at(k0, j0 + full), kc, cols - full, b_pack.add(full * kc));
+                    pack_columns(simd, b.at(k0, j0 + full), kc, cols - full, b_pack);
                     for i0 in (0..m).step_by(MC) {
                         let rows = MC.min(m - i0);
                         let block = a.at(i0, k0);
-                        if pack_a {
-                            pack_rows(simd, block, rows, kc, a_pack);
+                        match left {
+                            Left::InPlace => {}
+                            Left::Copied => copy_rows(simd, block, rows, kc, a_pack),
+                            Left::Packed => pack_rows(simd, block, rows, kc, a_pack),
                         }
                         for j in (0..cols).step_by(nr) {
                             let (b, b_step) = if j < full {
                                 (b.at(k0, j0 + j).ptr.cast_mut(), b.row)
                             } else {
-                                (b_pack.add(j * kc), nr)
+                                (b_pack.add((j - full) / nr * panel), nr)
                             };
                             for i in (0..rows).step_by(mr) {
-                                let a = if pack_a {
-                                    a_pack.cast_const().add(i * kc)
-                                } else {
-                                    block.at(i, 0).ptr
+                                let (a, a_row) = match left {
+                                    Left::InPlace => (block.at(i, 0).ptr, block.row),
+                                    Left::Copied => (a_pack.cast_const().add(i * COPIED_ROW), 0),
+                                    Left::Packed => (a_pack.cast_const().add(i / mr * tile), 0),
                                 };
                                 run_tile(
                                     simd,
                                     Tile {
                                         a,
-                                        a_row: block.row,
-                                        packed: pack_a,
+                                        a_row,
+                                        left,
                                         b,
                                         b_step,
                                         k: kc,
@@ -314,6 +326,18 @@ impl WithSimd for Rectangle<'_> {
                 }
             }
         }
+    }
+}
+
+/// How a block of the left operand reaches the tiles of a rectangle of `m x n`: one that few columns use is not worth
+/// a copy.
+fn left_of(a: Operand, m: usize, n: usize) -> Left {
+    if a.col != 1 {
+        Left::Packed
+    } else if m >= COPY_ROWS && n >= COPY_COLUMNS {
+        Left::Copied
+    } else {
+        Left::InPlace
     }
 }
 

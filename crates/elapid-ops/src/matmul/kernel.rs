@@ -1,4 +1,4 @@
-//! The inner kernels of the matrix product: register tiles and panel packing.
+//! The inner kernel of the matrix product: register tiles.
 //!
 //! Every element of the result is defined as the sum, in order, of the sums of blocks of [`KC`] products,
 //! each block a chain of fused multiply-adds in ascending k that starts from zero. All kernels here keep
@@ -6,7 +6,7 @@
 //! and on every machine with fused multiply-add. Blocks also keep the rounding error of long sums
 //! (weight gradients contract over all tokens) near that of a pairwise sum.
 
-use super::transpose::transpose_block;
+use super::pack::{COPIED_ROW, prefetch};
 use pulp::{NullaryFnOnce, Simd};
 
 /// Products summed in one chain. Part of the definition of the result: not a tuning value.
@@ -63,13 +63,28 @@ pub(super) const fn tile_columns<S: Simd>() -> usize {
 /// Terms of one turn of the inner loop.
 const UNROLL: usize = 4;
 
+/// Where the tiles read the left operand.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Left {
+    /// Where it is: element (row i, term k) at `a + i * a_row + k`.
+    InPlace,
+    /// In rows that were copied: at `a + i * COPIED_ROW + k`.
+    Copied,
+    /// Packed by terms: at `a + i + k * MR`.
+    Packed,
+}
+
+const IN_PLACE: u8 = Left::InPlace as u8;
+const COPIED: u8 = Left::Copied as u8;
+const PACKED: u8 = Left::Packed as u8;
+
 /// One tile of the result: `rows <= MR`, `cols <= NR`; the product over `k <= KC` terms.
 #[derive(Clone, Copy)]
 pub(super) struct Tile {
-    /// Element (row i, term k) at `a + i * a_row + k` in place, at `a + i + k * MR` if packed.
     pub a: *const f32,
+    /// Elements between rows, if they are read in place.
     pub a_row: usize,
-    pub packed: bool,
+    pub left: Left,
     /// Term k holds NR consecutive columns at `b + k * b_step`.
     pub b: *const f32,
     pub b_step: usize,
@@ -82,13 +97,13 @@ pub(super) struct Tile {
     pub add: bool,
 }
 
-struct TileRows<S, const R: usize, const V: usize, const PACKED: bool> {
+struct TileRows<S, const R: usize, const V: usize, const LEFT: u8> {
     simd: S,
     tile: Tile,
 }
 
-impl<S: Simd, const R: usize, const V: usize, const PACKED: bool> NullaryFnOnce
-    for TileRows<S, R, V, PACKED>
+impl<S: Simd, const R: usize, const V: usize, const LEFT: u8> NullaryFnOnce
+    for TileRows<S, R, V, LEFT>
 {
     type Output = ();
 
@@ -99,16 +114,18 @@ impl<S: Simd, const R: usize, const V: usize, const PACKED: bool> NullaryFnOnce
         let mut acc = [[simd.splat_f32s(0.0); V]; R];
         let mut b = tile.b;
         // One pointer a row, which the compiler must not see as multiples of a stride: it would keep the
-        // stride on the stack and load it before every element. Packed rows are constants apart.
-        let rows: [*const f32; R] = core::array::from_fn(|i| {
-            if PACKED {
-                tile.a.wrapping_add(i)
-            } else {
-                core::hint::black_box(tile.a.wrapping_add(i * tile.a_row))
-            }
+        // stride on the stack and load it before every element. Packed and copied rows are constants apart.
+        let rows: [*const f32; R] = core::array::from_fn(|i| match LEFT {
+            PACKED => tile.a.wrapping_add(i),
+            COPIED => tile.a.wrapping_add(i * COPIED_ROW),
+            _ => core::hint::black_box(tile.a.wrapping_add(i * tile.a_row)),
         });
-        let step = if PACKED { tile_shape::<S>().0 } else { 1 };
+        let step = if LEFT == PACKED { tile_shape::<S>().0 } else { 1 };
         let mut at = 0;
+        // The result is needed at the end, by when it has come.
+        for i in 0..R {
+            prefetch(tile.c.wrapping_add(i * tile.c_stride), V * lanes);
+        }
         // SAFETY: the tile's operands hold `k` terms of R rows and NR columns, the result R x cols elements
         // (the contract of `run_tile`).
         unsafe {
@@ -171,8 +188,17 @@ pub(super) unsafe fn run_tile<S: Simd>(simd: S, tile: Tile) {
     macro_rules! rows {
         ($v:literal, $($r:literal)*) => {
             match tile.rows {
-                $($r if tile.packed => simd.vectorize(TileRows::<S, $r, $v, true> { simd, tile }),
-                $r => simd.vectorize(TileRows::<S, $r, $v, false> { simd, tile }),)*
+                $($r => match tile.left {
+                    Left::InPlace => {
+                        simd.vectorize(TileRows::<S, $r, $v, IN_PLACE> { simd, tile });
+                    }
+                    Left::Copied => {
+                        simd.vectorize(TileRows::<S, $r, $v, COPIED> { simd, tile });
+                    }
+                    Left::Packed => {
+                        simd.vectorize(TileRows::<S, $r, $v, PACKED> { simd, tile });
+                    }
+                },)*
                 _ => {}
             }
         };
@@ -182,105 +208,5 @@ pub(super) unsafe fn run_tile<S: Simd>(simd: S, tile: Tile) {
         8 => rows!(2, 1 2 3 4 5 6),
         4 => rows!(4, 1 2 3 4 5 6),
         _ => rows!(4, 1 2 3 4),
-    }
-}
-
-/// Panels or tiles packed side by side: reads whole cache lines of each source row without spreading the
-/// writes over more streams than a set of the first-level cache holds.
-const PACK_GROUP: usize = 4;
-
-/// Packs `k` terms of `cols` columns of `b` (element (k, j) at row k, column j) into panels of NR columns,
-/// the last one padded with zeros: panel p, term k, column j at `(p * k_terms + k) * NR + j`.
-///
-/// # Safety
-/// `b` must hold the block and `dst` room for `cols` rounded up to NR times `k` elements.
-#[inline(always)]
-pub(super) unsafe fn pack_columns<S: Simd>(_: S, b: Operand, k: usize, cols: usize, dst: *mut f32) {
-    let (lanes, nr) = (S::F32_LANES, tile_columns::<S>());
-    let mut first = 0;
-    // SAFETY: columns first.. of the block go to panel first / nr of the destination.
-    unsafe {
-        if b.col == 1 {
-            while first + nr <= cols {
-                let group = ((cols - first) / nr).min(PACK_GROUP);
-                for t in 0..k {
-                    for p in 0..group {
-                        let src = b.ptr.add(t * b.row + first + p * nr);
-                        let out = dst.add((first + p * nr) * k + t * nr);
-                        for v in 0..nr / lanes {
-                            let value = src.add(v * lanes).cast::<S::f32s>().read_unaligned();
-                            out.add(v * lanes).cast::<S::f32s>().write_unaligned(value);
-                        }
-                    }
-                }
-                first += group * nr;
-            }
-        }
-        while first < cols {
-            let width = nr.min(cols - first);
-            let (src, panel) = (b.at(0, first), dst.add(first * k));
-            if width < nr {
-                core::ptr::write_bytes(panel, 0, k * nr);
-            }
-            if b.row == 1 {
-                transpose_block(src.ptr, b.col, width, k, panel, nr);
-            } else {
-                for t in 0..k {
-                    for j in 0..width {
-                        *panel.add(t * nr + j) = *src.at(t, j).ptr;
-                    }
-                }
-            }
-            first += nr;
-        }
-    }
-}
-
-/// Packs `rows` rows by `k` terms of `a` into tiles of MR rows: tile i, term k, row r at
-/// `(i * k_terms + k) * MR + r`. Missing rows of the last tile are left as they are.
-///
-/// # Safety
-/// `a` must hold the block and `dst` room for `rows` rounded up to MR times `k` elements.
-#[inline(always)]
-pub(super) unsafe fn pack_rows<S: Simd>(_: S, a: Operand, rows: usize, k: usize, dst: *mut f32) {
-    // SAFETY: as the caller says.
-    unsafe {
-        match tile_shape::<S>().0 {
-            12 => pack_tiles::<12>(a, rows, k, dst),
-            6 => pack_tiles::<6>(a, rows, k, dst),
-            _ => pack_tiles::<4>(a, rows, k, dst),
-        }
-    }
-}
-
-/// [`pack_rows`] for a fixed number of rows.
-#[inline(always)]
-unsafe fn pack_tiles<const MR: usize>(a: Operand, rows: usize, k: usize, dst: *mut f32) {
-    // SAFETY: all indices are inside `rows x k` and its packed image.
-    unsafe {
-        let mut first = 0;
-        while first + MR <= rows {
-            let group = ((rows - first) / MR).min(PACK_GROUP);
-            for t in 0..k {
-                for p in 0..group {
-                    let src = a.at(first + p * MR, t);
-                    let out = dst.add((first + p * MR) * k + t * MR);
-                    if a.row == 1 {
-                        let values = src.ptr.cast::<[f32; MR]>().read_unaligned();
-                        out.cast::<[f32; MR]>().write_unaligned(values);
-                    } else {
-                        for r in 0..MR {
-                            *out.add(r) = *src.at(r, 0).ptr;
-                        }
-                    }
-                }
-            }
-            first += group * MR;
-        }
-        for t in 0..k {
-            for r in first..rows {
-                *dst.add(first * k + t * MR + r - first) = *a.at(r, t).ptr;
-            }
-        }
     }
 }

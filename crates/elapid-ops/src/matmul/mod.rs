@@ -10,6 +10,7 @@ mod cpu;
 mod kernel;
 mod matvec;
 mod on_gpu;
+mod pack;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
