@@ -16,11 +16,9 @@ use crate::cli::{Cli, Command};
 
 /// Runs the command that was asked for.
 pub fn run(cli: Cli) -> Result<()> {
-    if let Some(threads) = cli.global.threads {
-        rayon::ThreadPoolBuilder::new()
-            .num_threads(usize::from(threads))
-            .build_global()
-            .context("cannot start the worker threads")?;
+    // A training run's file may name the threads, too.
+    if !matches!(cli.command, Command::Train(_)) {
+        start_threads(cli.global.threads.map(usize::from))?;
     }
     crate::hub::set_offline(cli.global.offline);
     match cli.command {
@@ -34,4 +32,20 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Doctor(arguments) => doctor::run(&arguments, &cli.global),
         Command::Completions(arguments) => completions::run(&arguments),
     }
+}
+
+/// Starts the threads that share the work, of which the calling thread is one: handing work over to another thread
+/// and waiting for it costs two wake-ups, a tenth of a millisecond, for every operation.
+fn start_threads(count: Option<usize>) -> Result<()> {
+    let count = count.unwrap_or_else(|| {
+        let named = std::env::var("RAYON_NUM_THREADS").ok().and_then(|text| text.parse().ok());
+        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+        named.filter(|&count| count > 0).unwrap_or_else(cores)
+    });
+    let mut threads = rayon::ThreadPoolBuilder::new().num_threads(count);
+    // Alone it would leave nobody to work for other threads while it waits for them.
+    if count > 1 {
+        threads = threads.use_current_thread();
+    }
+    threads.build_global().context("cannot start the worker threads")
 }

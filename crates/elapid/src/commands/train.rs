@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
 use elapid_infer::{ModelRunner, Options, Request, Sampling, generate};
 use elapid_models::LanguageModel;
@@ -61,12 +61,8 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     let mut config = RunConfig::load(&arguments.config, &arguments.overrides)?;
     let placement = placed(&mut config, global)?;
-    if global.threads.is_none() && config.train.threads > 0 {
-        rayon::ThreadPoolBuilder::new()
-            .num_threads(config.train.threads)
-            .build_global()
-            .context("cannot start the worker threads")?;
-    }
+    let threads = Some(config.train.threads).filter(|&threads| threads > 0);
+    super::start_threads(global.threads.map(usize::from).or(threads))?;
     let dataset = Dataset::open(&config)?;
     let mut trainer = if arguments.resume {
         Trainer::resume(config, dataset, &mut |warning| eprintln!("warning: {warning}"))?
