@@ -29,7 +29,7 @@ impl Fingerprint {
             NormKind::Rms => "rms",
             NormKind::Layer => "layer",
         };
-        let config = json!({
+        let mut value = json!({
             "model": "mamba",
             "d_model": config.d_model,
             "n_layer": config.n_layer,
@@ -43,7 +43,11 @@ impl Fingerprint {
             "norm": norm,
             "norm_eps": config.norm_eps,
         });
-        Self { config: config.to_string(), weights: None }
+        // Absent in models without these norms, whose states were written before there was such a key.
+        if let Some(eps) = config.mixer_rms_eps {
+            value["mixer_rms_eps"] = json!(eps);
+        }
+        Self { config: value.to_string(), weights: None }
     }
 
     /// The fingerprint of this very model. Reads every parameter once.

@@ -27,8 +27,17 @@ pub(crate) fn read_text(path: &Path) -> Result<String> {
 
 /// Reads a JSON object.
 pub(crate) fn read_object(path: &Path) -> Result<serde_json::Map<String, Value>> {
-    let text = read_text(path)?;
-    match serde_json::from_str(&quote_special_numbers(&text)) {
+    parse_object(path, read_text(path)?.as_bytes())
+}
+
+/// A JSON object from its text, which came from `path`.
+pub(crate) fn parse_object(path: &Path, bytes: &[u8]) -> Result<serde_json::Map<String, Value>> {
+    if bytes.len() as u64 > LARGEST {
+        return Err(Error::format(path, format!("larger than {LARGEST} bytes")));
+    }
+    let text = str::from_utf8(bytes)
+        .map_err(|error| Error::format(path, format!("not valid UTF-8: {error}")))?;
+    match serde_json::from_str(&quote_special_numbers(text)) {
         Ok(Value::Object(object)) => Ok(object),
         Ok(other) => {
             Err(Error::format(path, format!("expected a JSON object, found {}", kind(&other))))

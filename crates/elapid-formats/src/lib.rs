@@ -6,6 +6,7 @@
 
 pub mod atomic;
 pub mod checkpoint;
+pub mod convert;
 mod error;
 mod fingerprint;
 pub mod gguf;
@@ -13,15 +14,20 @@ pub mod hf;
 pub mod hub;
 mod json;
 mod model_source;
+mod npz;
+mod outgoing;
+pub mod pytorch;
 pub mod state_file;
+mod strided;
 pub mod tensor_file;
 pub mod tokenizer;
+mod zip;
 
 pub use error::{Error, Result, TensorProblem};
 pub use fingerprint::{Fingerprint, state_hash};
 pub use model_source::{
-    Bytes, Format, Layout, ModelSource, PYTORCH_FILE, PYTORCH_INDEX_FILE, StoredTensor, load_model,
-    load_weights,
+    Bytes, Format, Layout, ModelSource, PYTORCH_FILE, PYTORCH_INDEX_FILE, StoredTensor, Weights,
+    holds_weights, load_model, load_weights,
 };
 pub use state_file::{StateFile, load_state, save_state};
 pub use tensor_file::{TensorFile, save_tensors};

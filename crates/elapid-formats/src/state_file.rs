@@ -134,7 +134,15 @@ impl StateFile {
     /// # Errors
     /// If the file is damaged, or of another format or version.
     pub fn read(path: &Path) -> Result<Self> {
-        let file = TensorFile::open(path)?;
+        Self::of_file(TensorFile::open(path)?)
+    }
+
+    /// The state that an open file holds.
+    ///
+    /// # Errors
+    /// As [`StateFile::read`].
+    pub fn of_file(file: TensorFile) -> Result<Self> {
+        let path = &file.path().to_owned();
         let mismatch = |what, expected: &str, found: &str| Error::Mismatch {
             path: path.into(),
             what,

@@ -68,6 +68,9 @@ pub struct MambaConfig {
     pub pad_vocab_size_multiple: usize,
     /// The head is the embedding.
     pub tie_embeddings: bool,
+    /// FalconMamba: Δ before its projection, B and C are normalised (RMS without weights) with this eps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mixer_rms_eps: Option<f64>,
 }
 
 impl Default for MambaConfig {
@@ -93,6 +96,7 @@ impl Default for MambaConfig {
             residual_in_fp32: true,
             pad_vocab_size_multiple: 8,
             tie_embeddings: true,
+            mixer_rms_eps: None,
         }
     }
 }
@@ -208,6 +212,7 @@ impl MambaConfig {
             ("dt_init_floor", self.dt_init_floor),
             ("embedding_std", self.embedding_std),
             ("norm_eps", self.norm_eps),
+            ("mixer_rms_eps", self.mixer_rms_eps.unwrap_or(1.0)),
         ];
         for (key, value) in reals {
             if !(value > 0.0 && value.is_finite()) {

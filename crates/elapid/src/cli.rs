@@ -10,7 +10,7 @@ use elapid_models::LanguageModel;
 use elapid_tensor::{DType, Device};
 
 use crate::commands::{
-    bench, completions, doctor, forward, generate, inspect, pull, quickstart, train,
+    bench, completions, convert, doctor, forward, generate, inspect, pull, quickstart, train,
 };
 use crate::exit::Usage;
 
@@ -144,8 +144,10 @@ pub enum Command {
     Generate(generate::Arguments),
     /// Write the logits and states of given tokens to a file
     Forward(forward::Arguments),
-    /// Show what a model folder, checkpoint, state file or safetensors file holds
+    /// Show what a model folder, checkpoint, state file or file of tensors holds
     Inspect(inspect::Arguments),
+    /// Write a model in another format or element type
+    Convert(convert::Arguments),
     /// Download a model from the Hugging Face hub into the cache that its other clients use
     Pull(pull::Arguments),
     /// Measure the speed of this machine, each figure beside what the machine can do at most
@@ -159,8 +161,8 @@ pub enum Command {
 /// `--model`, as every command that needs a model has it.
 #[derive(Debug, Clone, Args)]
 pub struct ModelArgument {
-    /// Model: a Hugging Face folder, a checkpoint folder, a run folder (its best checkpoint), or OWNER/NAME on
-    /// the Hugging Face hub (OWNER/NAME@REVISION, OWNER/NAME/FILE.gguf), which is downloaded once
+    /// Model: a folder or file of any format, a checkpoint folder, a run folder (its best checkpoint), or OWNER/NAME
+    /// on the Hugging Face hub (OWNER/NAME@REVISION, OWNER/NAME/FILE.gguf), which is downloaded once
     #[arg(long, value_name = "MODEL")]
     pub model: PathBuf,
 }

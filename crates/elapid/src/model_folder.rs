@@ -1,5 +1,5 @@
-//! From what stands behind `--model` to a model: a Hugging Face folder, a checkpoint, or a run's folder, of
-//! which the best checkpoint is taken, or the newest if none was marked as best.
+//! From what stands behind `--model` to a model: a folder or file of any format, a checkpoint, or a run's folder,
+//! of which the best checkpoint is taken, or the newest if none was marked as best.
 
 use std::path::{Path, PathBuf};
 
@@ -30,7 +30,7 @@ pub fn load(path: &Path) -> Result<(LanguageModel, PathBuf)> {
     Ok((model, folder))
 }
 
-/// The folder that holds the model's files.
+/// The folder that holds the model's files, or its one file.
 pub fn resolve(path: &Path) -> Result<PathBuf> {
     if let Some(found) = hub::model(path)? {
         return Ok(found);
@@ -43,15 +43,10 @@ pub fn resolve(path: &Path) -> Result<PathBuf> {
             Some(hf::CONFIG_FILE | hf::WEIGHTS_FILE | MANIFEST) => {
                 Ok(parent.unwrap_or(Path::new(".")).to_path_buf())
             }
-            _ => bail!(
-                "{} is a file: a model is a folder with {} and {}",
-                path.display(),
-                hf::CONFIG_FILE,
-                hf::WEIGHTS_FILE
-            ),
+            _ => Ok(path.to_path_buf()),
         };
     }
-    if path.join(hf::CONFIG_FILE).exists() || path.join(hf::WEIGHTS_FILE).exists() {
+    if path.join(hf::CONFIG_FILE).exists() || elapid_formats::holds_weights(path) {
         return Ok(path.to_path_buf());
     }
     for root in [path.to_path_buf(), path.join(CHECKPOINTS)] {
@@ -71,7 +66,7 @@ pub fn resolve(path: &Path) -> Result<PathBuf> {
         }
     }
     bail!(
-        "no model in {}: expected {} and {}, or a run's checkpoints (step-00001000, ...)",
+        "no model in {}: expected {} and {} or another file of weights, or a run's checkpoints (step-00001000, ...)",
         path.display(),
         hf::CONFIG_FILE,
         hf::WEIGHTS_FILE

@@ -55,6 +55,10 @@ pub(super) fn read_config(file: &GgufFile) -> Result<MambaConfig> {
         |name: &str| file.value(&format!("{MAMBA}.attention.{name}"), "a number", Value::as_f64);
     let (rms, layer) = (epsilon("layer_norm_rms_epsilon")?, epsilon("layer_norm_epsilon")?);
     let norm_eps = if norm == NormKind::Layer { layer.or(rms) } else { rms.or(layer) };
+    let norm_eps = norm_eps.unwrap_or(base.norm_eps);
+    // llama.cpp has one eps for all norms; ours is more exact where it is there.
+    let normed = file.value(&format!("{MAMBA}.ssm.dt_b_c_rms"), "true or false", Value::as_bool)?;
+    let mixer_rms_eps = normed.unwrap_or(false).then(|| base.mixer_rms_eps.unwrap_or(norm_eps));
     let rows = file
         .tensors()
         .iter()
@@ -77,7 +81,8 @@ pub(super) fn read_config(file: &GgufFile) -> Result<MambaConfig> {
         conv_bias: has("blk.0.ssm_conv1d.bias"),
         bias: has("blk.0.ssm_in.bias"),
         norm,
-        norm_eps: norm_eps.unwrap_or(base.norm_eps),
+        norm_eps,
+        mixer_rms_eps,
         pad_vocab_size_multiple,
         tie_embeddings: !has("output.weight"),
         ..base
@@ -105,7 +110,7 @@ pub(super) fn config_metadata(config: &MambaConfig) -> Vec<(String, Value)> {
         ("ssm.inner_size", size(config.d_inner())),
         ("ssm.state_size", size(config.d_state)),
         ("ssm.time_step_rank", size(config.dt_rank())),
-        ("ssm.dt_b_c_rms", Value::Bool(false)),
+        ("ssm.dt_b_c_rms", Value::Bool(config.mixer_rms_eps.is_some())),
         (epsilon, Value::F32(config.norm_eps as f32)),
     ];
     let text = config_to_json(config, DType::F32).to_string();

@@ -9,6 +9,8 @@ use serde_json::{Map, Value, json};
 
 use crate::{Error, Result, json as special};
 
+const MODEL_TYPES: &str = "\"mamba\" or \"falcon_mamba\"";
+
 /// Reads the configuration of a model folder.
 ///
 /// # Errors
@@ -16,6 +18,14 @@ use crate::{Error, Result, json as special};
 pub fn load_config(folder: &Path) -> Result<MambaConfig> {
     let path = folder.join(super::CONFIG_FILE);
     config_from_json(&path, &special::read_object(&path)?)
+}
+
+/// Reads a configuration from the text of its file; `path` is for errors.
+///
+/// # Errors
+/// As [`load_config`].
+pub fn parse_config(path: &Path, text: &[u8]) -> Result<MambaConfig> {
+    config_from_json(path, &special::parse_object(path, text)?)
 }
 
 /// A configuration in the Hugging Face layout, or in the original one, which has `d_model` and no
@@ -27,9 +37,13 @@ pub fn config_from_json(path: &Path, object: &Map<String, Value>) -> Result<Mamb
     let keys = Keys { path, object, prefix: "" };
     let config = match keys.text("model_type", "")? {
         "mamba" => from_hugging_face(&keys)?,
+        "falcon_mamba" => {
+            let mixer_rms_eps = Some(keys.real("mixer_rms_eps", 1e-6)?);
+            MambaConfig { mixer_rms_eps, ..from_hugging_face(&keys)? }
+        }
         "" if object.contains_key("d_model") => super::original::from_original(&keys)?,
-        "" => return Err(keys.error("model_type", "\"mamba\"", "no such key")),
-        other => return Err(keys.error("model_type", "\"mamba\"", &format!("{other:?}"))),
+        "" => return Err(keys.error("model_type", MODEL_TYPES, "no such key")),
+        other => return Err(keys.error("model_type", MODEL_TYPES, &format!("{other:?}"))),
     };
     config.validate().map_err(|error| Error::format(path, error.to_string()))?;
     Ok(config)
@@ -82,6 +96,7 @@ fn from_hugging_face(keys: &Keys<'_>) -> Result<MambaConfig> {
         residual_in_fp32: keys.flag("residual_in_fp32", true)?,
         pad_vocab_size_multiple,
         tie_embeddings: keys.flag("tie_word_embeddings", true)?,
+        mixer_rms_eps: None,
     })
 }
 
@@ -133,6 +148,11 @@ pub fn config_to_json(config: &MambaConfig, dtype: DType) -> Value {
     });
     if config.norm == NormKind::Layer {
         value["rms_norm"] = json!(false);
+    }
+    if let Some(eps) = config.mixer_rms_eps {
+        value["model_type"] = json!("falcon_mamba");
+        value["architectures"] = json!(["FalconMambaForCausalLM"]);
+        value["mixer_rms_eps"] = json!(eps);
     }
     value
 }
@@ -259,6 +279,7 @@ mod tests {
             residual_in_fp32: false,
             pad_vocab_size_multiple: 16,
             tie_embeddings: false,
+            mixer_rms_eps: Some(1e-7),
         };
         assert_eq!(parse(config_to_json(&odd, DType::BF16)).unwrap(), odd);
         for name in MambaConfig::preset_names() {

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | safetensors | `model.safetensors`, or shards with `model.safetensors.index.json` |
 //! | PyTorch | `pytorch_model.bin`, or shards with `pytorch_model.bin.index.json`; `.pt`, `.pth` |
+//! | NumPy | `.npz` |
 //! | GGUF | `.gguf` |
 //!
 //! The format is told by a file's first bytes. The configuration is the file's own or `config.json` beside it,
@@ -27,9 +28,8 @@ use elapid_models::{LanguageModel, MambaConfig};
 pub use bytes::Bytes;
 pub(crate) use check::stored_shape;
 pub use stored_tensor::StoredTensor;
-pub(crate) use weights::Contents;
-use weights::Weights;
-pub use weights::{PYTORCH_FILE, PYTORCH_INDEX_FILE};
+pub(crate) use weights::{Contents, floats, not_floats};
+pub use weights::{PYTORCH_FILE, PYTORCH_INDEX_FILE, Weights, holds_weights};
 
 use crate::Result;
 use crate::hf::HEAD;
@@ -41,6 +41,8 @@ pub enum Format {
     Safetensors,
     /// PyTorch's pickles.
     PyTorch,
+    /// NumPy's archives of arrays.
+    Npz,
     /// llama.cpp's GGUF.
     Gguf,
 }
@@ -50,6 +52,7 @@ impl fmt::Display for Format {
         f.write_str(match self {
             Self::Safetensors => "safetensors",
             Self::PyTorch => "PyTorch",
+            Self::Npz => "NumPy",
             Self::Gguf => "GGUF",
         })
     }

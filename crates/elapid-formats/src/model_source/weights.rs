@@ -10,10 +10,9 @@ use elapid_ops::blocks::Encoding;
 use elapid_tensor::DType;
 
 use super::{Bytes, Format, Layout, StoredTensor};
-use crate::hf::{CONFIG_FILE, EMBEDDINGS, HEAD, INDEX_FILE, WEIGHTS_FILE};
-use crate::{Error, Result, TensorFile, gguf, json};
-
-const ORIGINAL_EMBEDDINGS: &str = "backbone.embedding.weight";
+use crate::hf::{CONFIG_FILE, EMBEDDINGS, HEAD, INDEX_FILE, ORIGINAL_EMBEDDINGS, WEIGHTS_FILE};
+use crate::zip::Archive;
+use crate::{Error, Result, TensorFile, gguf, json, npz, pytorch};
 
 /// The file name of PyTorch weights.
 pub const PYTORCH_FILE: &str = "pytorch_model.bin";
@@ -30,17 +29,21 @@ pub(crate) struct Contents {
     pub config: Option<MambaConfig>,
 }
 
-/// The tensors of a model, of one file or of several.
-pub(crate) struct Weights {
+/// The tensors of a model, of one file or of several, before they are checked against a configuration.
+pub struct Weights {
     /// The file, or the index of the shards: for errors.
     pub path: PathBuf,
     /// The files that were read.
     pub files: Vec<PathBuf>,
+    /// Their format.
     pub format: Format,
+    /// Whose names they had.
     pub layout: Layout,
     /// By Hugging Face name.
     pub tensors: BTreeMap<String, StoredTensor>,
+    /// Text beside them.
     pub metadata: BTreeMap<String, String>,
+    /// The configuration, if the files hold one.
     pub config: Option<MambaConfig>,
 }
 
@@ -49,11 +52,11 @@ impl Weights {
     ///
     /// # Errors
     /// If there are none in a form that is read here, or a file is damaged.
-    pub(crate) fn open(path: &Path) -> Result<Self> {
+    pub fn open(path: &Path) -> Result<Self> {
         let path = locate(path)?;
         if !is_index(&path) {
-            let (format, contents) = read_file(&path)?;
-            return Self::gather(path.clone(), vec![(path, format, contents)]);
+            let bytes = Bytes::map(&path)?;
+            return Self::of_file(&path, bytes);
         }
         let folder = folder_of(&path);
         let map = weight_map(&path)?;
@@ -61,7 +64,7 @@ impl Weights {
         let mut files = Vec::new();
         for shard in shards {
             let file = folder.join(shard);
-            let (format, contents) = read_file(&file)?;
+            let (format, contents) = read_file(&file, Bytes::map(&file)?)?;
             files.push((file, format, contents));
         }
         for (name, shard) in &map {
@@ -74,6 +77,15 @@ impl Weights {
             }
         }
         Self::gather(path, files)
+    }
+
+    /// The weights that one file's bytes hold; `path` is for errors.
+    ///
+    /// # Errors
+    /// As [`Weights::open`].
+    pub fn of_file(path: &Path, bytes: Bytes) -> Result<Self> {
+        let (format, contents) = read_file(path, bytes)?;
+        Self::gather(path.into(), vec![(path.into(), format, contents)])
     }
 
     fn gather(path: PathBuf, files: Vec<(PathBuf, Format, Contents)>) -> Result<Self> {
@@ -111,7 +123,7 @@ impl Weights {
     ///
     /// # Errors
     /// If there is none, or it describes another kind of model.
-    pub(crate) fn read_config(&self) -> Result<MambaConfig> {
+    pub fn read_config(&self) -> Result<MambaConfig> {
         match &self.config {
             Some(config) => Ok(config.clone()),
             None => crate::hf::load_config(folder_of(&self.path)),
@@ -161,16 +173,7 @@ fn locate(path: &Path) -> Result<PathBuf> {
     if let Some(file) = usual.iter().map(|name| path.join(name)).find(|file| file.exists()) {
         return Ok(file);
     }
-    let mut others: Vec<PathBuf> = fs::read_dir(path)
-        .map_err(Error::io("read", path))?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|file| {
-            let extension = file.extension().and_then(|extension| extension.to_str());
-            matches!(extension, Some("gguf" | "npz" | "safetensors" | "bin" | "pt" | "pth"))
-                && file.is_file()
-        })
-        .collect();
-    others.sort();
+    let others = files_of_weights(path).map_err(Error::io("read", path))?;
     match others.as_slice() {
         [] => Err(Error::format(
             path,
@@ -186,6 +189,25 @@ fn locate(path: &Path) -> Result<PathBuf> {
             Err(Error::format(path, message))
         }
     }
+}
+
+/// The files of a folder that by their names hold weights, in order.
+fn files_of_weights(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let mut files: Vec<PathBuf> = fs::read_dir(folder)?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|file| {
+            let extension = file.extension().and_then(|extension| extension.to_str());
+            matches!(extension, Some("gguf" | "npz" | "safetensors" | "bin" | "pt" | "pth"))
+                && file.is_file()
+        })
+        .collect();
+    files.sort();
+    Ok(files)
+}
+
+/// True if a folder has a file of weights, whatever its format.
+pub fn holds_weights(folder: &Path) -> bool {
+    files_of_weights(folder).is_ok_and(|files| !files.is_empty())
 }
 
 /// Tensor name to shard.
@@ -212,16 +234,29 @@ fn weight_map(index: &Path) -> Result<BTreeMap<String, String>> {
 }
 
 /// Reads one file of whatever format.
-fn read_file(path: &Path) -> Result<(Format, Contents)> {
-    let bytes = Bytes::map(path)?;
+fn read_file(path: &Path, bytes: Bytes) -> Result<(Format, Contents)> {
     if bytes.starts_with(&gguf::MAGIC) {
         return Ok((Format::Gguf, gguf::read_contents(path, bytes)?));
     }
-    Ok((Format::Safetensors, read_safetensors(path)?))
+    if bytes.starts_with(b"PK") {
+        let archive = Archive::open(&bytes).map_err(|message| Error::format(path, message))?;
+        if pytorch::is_archive(&archive) {
+            return Ok((Format::PyTorch, pytorch::read_archive(path, &bytes, archive)?));
+        }
+        if npz::is_archive(&archive) {
+            return Ok((Format::Npz, npz::read_archive(path, archive)?));
+        }
+        let message = "a zip archive with neither PyTorch's data.pkl nor NumPy's .npy files";
+        return Err(Error::format(path, message));
+    }
+    if pytorch::is_legacy(&bytes) {
+        return Ok((Format::PyTorch, pytorch::read_legacy(path, &bytes)?));
+    }
+    Ok((Format::Safetensors, read_safetensors(TensorFile::of_bytes(path, bytes)?)?))
 }
 
-fn read_safetensors(path: &Path) -> Result<Contents> {
-    let file = TensorFile::open(path)?;
+fn read_safetensors(file: TensorFile) -> Result<Contents> {
+    let path = file.path();
     let mut tensors = Vec::new();
     for name in file.names() {
         let bytes = file.stored_bytes(&name)?;
@@ -246,7 +281,7 @@ fn read_safetensors(path: &Path) -> Result<Contents> {
 }
 
 /// A tensor of an element type that weights may have; 64-bit floats are given as f32.
-pub(super) fn floats(
+pub(crate) fn floats(
     dtype: DType,
     shape: Vec<usize>,
     bytes: Bytes,
@@ -270,7 +305,7 @@ fn narrowed(bytes: &[u8]) -> Vec<u8> {
     chunks.iter().flat_map(|&chunk| (f64::from_le_bytes(chunk) as f32).to_le_bytes()).collect()
 }
 
-pub(super) fn not_floats(path: &Path, name: &str, shape: &[usize], found: &str) -> Error {
+pub(crate) fn not_floats(path: &Path, name: &str, shape: &[usize], found: &str) -> Error {
     let message = format!("{name}: expected F32, BF16, F16 or F64, found {shape:?} {found}");
     Error::format(path, message)
 }

@@ -52,7 +52,14 @@ impl TensorFile {
     /// # Errors
     /// [`Error::Io`], or [`Error::Format`] if the file is truncated or its header contradicts itself.
     pub fn open(path: &Path) -> Result<Self> {
-        let map = Bytes::map(path)?;
+        Self::of_bytes(path, Bytes::map(path)?)
+    }
+
+    /// Validates the bytes of a file; `path` is for errors.
+    ///
+    /// # Errors
+    /// As [`TensorFile::open`].
+    pub fn of_bytes(path: &Path, map: Bytes) -> Result<Self> {
         if map.len() < 8 {
             let message =
                 format!("truncated: a safetensors file has at least 8 bytes, found {}", map.len());

@@ -7,6 +7,7 @@ use std::path::Path;
 use elapid_tensor::{DType, Device, Tensor, bf16, f16};
 use serde_json::{Map, Value, json};
 
+use crate::outgoing::Outgoing;
 use crate::{Result, atomic};
 
 /// Text values in the header.
@@ -22,7 +23,16 @@ pub(crate) struct Entry {
     /// Its type in the file: the tensor's own, or bf16 or f16 for an f32 tensor.
     pub dtype: DType,
     /// The values.
-    pub tensor: Tensor,
+    pub values: Values,
+}
+
+/// Where the values of a tensor come from.
+#[derive(Debug)]
+pub(crate) enum Values {
+    /// A tensor in memory.
+    Tensor(Tensor),
+    /// A tensor of another file.
+    Stored(Outgoing),
 }
 
 impl Entry {
@@ -32,7 +42,17 @@ impl Entry {
             name: name.into(),
             shape: tensor.shape().to_vec(),
             dtype: tensor.dtype(),
-            tensor: tensor.detach(),
+            values: Values::Tensor(tensor.detach()),
+        }
+    }
+
+    /// A tensor of another file under its name and shape.
+    pub(crate) fn stored(from: Outgoing) -> Self {
+        Self {
+            name: from.name.clone(),
+            shape: from.tensor.shape.clone(),
+            dtype: from.dtype(),
+            values: Values::Stored(from),
         }
     }
 }
@@ -63,7 +83,7 @@ pub(crate) fn write_tensors(
     header.insert("__metadata__".into(), json!(metadata));
     let mut offset = 0;
     for entry in &entries {
-        let end = offset + entry.tensor.elements() * entry.dtype.size();
+        let end = offset + entry.shape.iter().product::<usize>() * entry.dtype.size();
         let dtype = entry.dtype.name().to_ascii_uppercase();
         let info = json!({ "dtype": dtype, "shape": entry.shape, "data_offsets": [offset, end] });
         if header.insert(entry.name.clone(), info).is_some() {
@@ -82,11 +102,15 @@ pub(crate) fn write_tensors(
 }
 
 fn write_values(out: &mut dyn Write, entry: &Entry) -> io::Result<()> {
-    let (from, to) = (entry.tensor.dtype(), entry.dtype);
+    let tensor = match &entry.values {
+        Values::Tensor(tensor) => tensor,
+        Values::Stored(from) => return from.pieces(&mut |piece| out.write_all(piece)),
+    };
+    let (from, to) = (tensor.dtype(), entry.dtype);
     if from == to {
-        return tensor_bytes(&entry.tensor, |bytes| out.write_all(bytes))?;
+        return tensor_bytes(tensor, |bytes| out.write_all(bytes))?;
     }
-    let tensor = entry.tensor.to(Device::Cpu).and_then(|tensor| tensor.contiguous());
+    let tensor = tensor.to(Device::Cpu).and_then(|tensor| tensor.contiguous());
     let tensor = tensor.map_err(io::Error::other)?;
     match (from, to) {
         (DType::F32, DType::BF16) => {

@@ -10,6 +10,7 @@
 //! output    = W_out · (y ⊙ silu(z))                        [T, D]
 //! ```
 //!
+//! In FalconMamba dt, B and C are normalised before they are used (RMS without weights; arXiv 2410.05355).
 //! u and W_dt · dt are made again in backward rather than kept (section 3.3.2), unless the context says otherwise:
 //! they are cheap, and as wide as everything else that a layer keeps.
 
@@ -18,6 +19,7 @@ use std::borrow::Cow;
 use elapid_ops::causal_conv1d::{Activation, causal_conv1d};
 use elapid_ops::elementwise::neg_exp;
 use elapid_ops::matmul::linear;
+use elapid_ops::norm::rms_norm;
 use elapid_ops::selective_scan::{self, selective_scan};
 use elapid_tensor::autograd::rematerialize;
 use elapid_tensor::{Sequences, Shape, Tensor};
@@ -44,6 +46,8 @@ pub struct Mamba {
     d_state: usize,
     d_conv: usize,
     dt_rank: usize,
+    /// Of the norms of dt, B and C, if there are such.
+    rms_eps: Option<f32>,
 }
 
 impl Mamba {
@@ -92,6 +96,7 @@ impl Mamba {
             d_state: n,
             d_conv: w,
             dt_rank: r,
+            rms_eps: config.mixer_rms_eps.map(|eps| eps as f32),
         })
     }
 }
@@ -118,7 +123,12 @@ impl SequenceMixer for Mamba {
         context.tap("conv1d", &u);
         let x_dbl = linear(&u, &self.x_proj.weight, None)?;
         context.tap("x_proj", &x_dbl);
-        let parts = x_dbl.split(1, &[self.dt_rank, self.d_state, self.d_state])?;
+        let mut parts = x_dbl.split(1, &[self.dt_rank, self.d_state, self.d_state])?;
+        if let Some(eps) = self.rms_eps {
+            for part in &mut parts {
+                *part = rms_norm(part, None, None, eps)?.0;
+            }
+        }
         let delta = match context.recompute() {
             false => linear(&parts[0], &self.dt_proj.weight, None)?,
             true => rematerialize(&[&parts[0], &self.dt_proj.weight], |inputs| {

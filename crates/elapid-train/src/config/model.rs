@@ -45,6 +45,8 @@ pub struct ModelConfig {
     pub norm_eps: Option<f64>,
     /// Use the embedding as the output head (true).
     pub tie_embeddings: Option<bool>,
+    /// FalconMamba: normalise Δ's input, B and C, with this added to the mean square (no such norms).
+    pub mixer_rms_eps: Option<f64>,
     /// Keep the residual stream in f32 whatever the compute type (true).
     pub residual_in_fp32: Option<bool>,
     /// Bias of the convolution (true).
@@ -111,6 +113,7 @@ impl ModelConfig {
                 .pad_vocab_size_multiple
                 .unwrap_or(base.pad_vocab_size_multiple),
             tie_embeddings: self.tie_embeddings.unwrap_or(base.tie_embeddings),
+            mixer_rms_eps: self.mixer_rms_eps.or(base.mixer_rms_eps),
         })
     }
 
@@ -191,6 +194,7 @@ impl From<MambaConfig> for ModelConfig {
             norm: Some(shape.norm),
             norm_eps: Some(shape.norm_eps),
             tie_embeddings: Some(shape.tie_embeddings),
+            mixer_rms_eps: shape.mixer_rms_eps,
             residual_in_fp32: Some(shape.residual_in_fp32),
             conv_bias: Some(shape.conv_bias),
             bias: Some(shape.bias),
@@ -294,6 +298,7 @@ mod tests {
             residual_in_fp32: false,
             pad_vocab_size_multiple: 4,
             tie_embeddings: false,
+            mixer_rms_eps: Some(1e-7),
         };
         assert_eq!(ModelConfig::from(shape.clone()).shape(), Some(shape));
     }

@@ -17,8 +17,8 @@ Examples:
   elapid inspect mamba-130m-hf --tensors
   elapid inspect chapter.state --json
 
-PATH is a model folder, a checkpoint, a run's folder, a state file, any safetensors file, or OWNER/NAME
-on the Hugging Face hub.
+PATH is a model folder or file of any format, a checkpoint, a run's folder, a state file, any
+safetensors file, or OWNER/NAME on the Hugging Face hub.
 The report goes to stdout. Weights are not loaded; --json has every tensor.";
 
 /// Arguments of `elapid inspect`.

@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod completions;
+pub mod convert;
 pub mod doctor;
 pub mod forward;
 pub mod generate;
@@ -27,6 +28,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Generate(arguments) => generate::run(&arguments, &cli.global),
         Command::Forward(arguments) => forward::run(&arguments, &cli.global),
         Command::Inspect(arguments) => inspect::run(&arguments),
+        Command::Convert(arguments) => convert::run(&arguments),
         Command::Pull(arguments) => pull::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments, &cli.global),
         Command::Doctor(arguments) => doctor::run(&arguments, &cli.global),

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use elapid_formats::checkpoint::Store;
-use elapid_formats::{StateFile, TensorFile, hf};
+use elapid_formats::{Bytes, Format, Layout, StateFile, TensorFile, Weights, hf};
 use elapid_models::{MambaConfig, NormKind};
 use serde::Serialize;
 use serde_json::Value;
@@ -27,6 +27,7 @@ pub enum Kind {
     Run,
     State,
     Safetensors,
+    Tensors,
 }
 
 /// All that is told about a path.
@@ -49,6 +50,8 @@ pub struct Report {
 #[derive(Debug, Serialize)]
 struct Model {
     architecture: &'static str,
+    format: String,
+    layout: &'static str,
     parameters: usize,
     vocabulary_rows: usize,
     d_inner: usize,
@@ -69,6 +72,7 @@ struct State {
 #[derive(Debug, Serialize)]
 struct File {
     name: String,
+    format: String,
     bytes: u64,
     elements: u64,
     dtypes: BTreeMap<String, u64>,
@@ -95,18 +99,54 @@ fn file(path: &Path) -> Result<Report> {
     if name.as_deref() == Some(hf::CONFIG_FILE) {
         return folder(path.parent().unwrap_or(Path::new(".")));
     }
+    let weights = Weights::open(path);
+    let safetensors =
+        weights.as_ref().map_or(true, |weights| weights.format == Format::Safetensors);
+    if let Ok(weights) = &weights
+        && weights.files != [path]
+    {
+        // The list of shards.
+        return folder(path.parent().unwrap_or(Path::new(".")));
+    }
     let file = describe(path)?;
     let is_state = file.metadata.get("format").is_some_and(|format| format == STATE_FORMAT);
     let state = if is_state { Some(state(path)?) } else { None };
+    // A safetensors file may be anything; of the other formats only models are read.
+    let model = match weights {
+        Ok(weights) if !safetensors => Some(model(&weights)?),
+        _ => None,
+    };
     Ok(Report {
         path: path.display().to_string(),
-        kind: if is_state { Kind::State } else { Kind::Safetensors },
+        kind: match (&model, is_state) {
+            (Some(_), _) => Kind::Model,
+            (None, true) => Kind::State,
+            (None, false) if safetensors => Kind::Safetensors,
+            (None, false) => Kind::Tensors,
+        },
         checkpoint: None,
         steps: Vec::new(),
         step: None,
-        model: None,
+        model,
         state,
         files: vec![file],
+    })
+}
+
+fn model(weights: &Weights) -> Result<Model> {
+    let config = weights.read_config()?;
+    Ok(Model {
+        architecture: if config.mixer_rms_eps.is_some() { "falcon_mamba" } else { "mamba" },
+        format: weights.format.to_string(),
+        layout: match weights.layout {
+            Layout::HuggingFace => "hf",
+            Layout::Original => "original",
+        },
+        parameters: config.parameter_count(),
+        vocabulary_rows: config.padded_vocab_size(),
+        d_inner: config.d_inner(),
+        dt_rank: config.dt_rank(),
+        config,
     })
 }
 
@@ -127,13 +167,15 @@ fn folder(path: &Path) -> Result<Report> {
     let is_run = resolved != path;
     let manifest = resolved.join(MANIFEST);
     let step = if manifest.is_file() { Some(step(&manifest)?) } else { None };
-    let config = hf::load_config(&resolved)?;
+    let weights = Weights::open(&resolved)?;
     let mut names: Vec<PathBuf> = fs::read_dir(&resolved)
         .with_context(|| format!("cannot read {}", resolved.display()))?
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|path| path.extension().is_some_and(|extension| extension == "safetensors"))
         .collect();
+    names.extend(weights.files.iter().cloned());
     names.sort();
+    names.dedup();
     Ok(Report {
         path: path.display().to_string(),
         kind: match (is_run, step) {
@@ -147,14 +189,7 @@ fn folder(path: &Path) -> Result<Report> {
             _ => Vec::new(),
         },
         step,
-        model: Some(Model {
-            architecture: "mamba",
-            parameters: config.parameter_count(),
-            vocabulary_rows: config.padded_vocab_size(),
-            d_inner: config.d_inner(),
-            dt_rank: config.dt_rank(),
-            config,
-        }),
+        model: Some(model(&weights)?),
         state: None,
         files: names.iter().map(|path| describe(path)).collect::<Result<_>>()?,
     })
@@ -170,33 +205,57 @@ fn step(manifest: &Path) -> Result<u64> {
     }
 }
 
-/// Reads the header of a safetensors file.
+/// Reads the header of a file of tensors.
 fn describe(path: &Path) -> Result<File> {
-    let file = TensorFile::open(path)?;
-    let mut dtypes = BTreeMap::new();
-    let mut elements = 0;
+    let bytes = Bytes::map(path)?;
+    let size = bytes.len() as u64;
     let mut tensors = Vec::new();
-    for name in file.names() {
-        let shape = file.shape(&name).unwrap_or_default().to_vec();
-        let dtype = file.dtype_name(&name).unwrap_or_default();
-        let count = shape.iter().fold(1u64, |a, &b| a.saturating_mul(b as u64));
-        elements += count;
-        *dtypes.entry(dtype.clone()).or_insert(0) += count;
-        let bytes = file.bytes(&name)?.len();
-        tensors.push(TensorEntry { name, dtype, shape, bytes });
-    }
+    let (format, metadata) = match Weights::of_file(path, bytes.clone()) {
+        Ok(weights) if weights.format != Format::Safetensors => {
+            for (name, tensor) in &weights.tensors {
+                tensors.push(TensorEntry {
+                    name: name.clone(),
+                    dtype: tensor.type_name(),
+                    shape: tensor.shape.clone(),
+                    bytes: tensor.bytes.len(),
+                });
+            }
+            (weights.format, weights.metadata)
+        }
+        Err(error)
+            if [&b"PK"[..], b"\x80", b"GGUF"].iter().any(|start| bytes.starts_with(start)) =>
+        {
+            return Err(error.into());
+        }
+        // Tensors of every type, not only weights.
+        _ => {
+            let file = TensorFile::of_bytes(path, bytes)?;
+            for name in file.names() {
+                let shape = file.shape(&name).unwrap_or_default().to_vec();
+                let dtype = file.dtype_name(&name).unwrap_or_default();
+                let bytes = file.bytes(&name)?.len();
+                tensors.push(TensorEntry { name, dtype, shape, bytes });
+            }
+            let metadata = file.metadata_entries().into_iter();
+            let metadata = metadata.map(|(key, value)| (key.to_owned(), value.to_owned()));
+            (Format::Safetensors, metadata.collect())
+        }
+    };
     tensors.sort_by(|a, b| natural(&a.name).cmp(&natural(&b.name)));
-    let size = fs::metadata(path).with_context(|| format!("cannot open {}", path.display()))?.len();
+    let mut dtypes = BTreeMap::new();
+    let mut elements = 0u64;
+    for tensor in &tensors {
+        let count = tensor.shape.iter().fold(1u64, |a, &b| a.saturating_mul(b as u64));
+        elements = elements.saturating_add(count);
+        *dtypes.entry(tensor.dtype.clone()).or_insert(0) += count;
+    }
     Ok(File {
         name: path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        format: format.to_string(),
         bytes: size,
         elements,
         dtypes,
-        metadata: file
-            .metadata_entries()
-            .into_iter()
-            .map(|(key, value)| (key.to_owned(), value.to_owned()))
-            .collect(),
+        metadata,
         tensors,
     })
 }
@@ -211,11 +270,15 @@ impl Report {
     pub fn to_text(&self, all_tensors: bool) -> String {
         let mut table = Table::default();
         let kind = match self.kind {
+            Kind::Model if self.files.iter().any(|file| self.path.ends_with(&file.name)) => {
+                "model file"
+            }
             Kind::Model => "model folder",
             Kind::Checkpoint => "training checkpoint",
             Kind::Run => "training run",
             Kind::State => "recurrent state",
             Kind::Safetensors => "safetensors file",
+            Kind::Tensors => "file of tensors",
         };
         if let Some(checkpoint) = &self.checkpoint {
             table.row("checkpoint", checkpoint);
@@ -246,6 +309,7 @@ impl Model {
     fn rows(&self, table: &mut Table) {
         let config = &self.config;
         table.row("architecture", self.architecture);
+        table.row("format", format!("{}, names of the {} layout", self.format, self.layout));
         table.row("parameters", grouped(self.parameters as u64));
         table.row("layers", config.n_layer.to_string());
         table.row("width D", config.d_model.to_string());
@@ -267,6 +331,9 @@ impl Model {
             NormKind::Layer => "LayerNorm",
         };
         table.row("norm", format!("{norm}, eps {:e}", config.norm_eps));
+        if let Some(eps) = config.mixer_rms_eps {
+            table.row("norms of Δ, B and C", format!("RMS without weights, eps {eps:e}"));
+        }
         table.row("head", if config.tie_embeddings { "tied to the embedding" } else { "own" });
         let state = config.n_layer * self.d_inner * (config.d_state + config.d_conv - 1) * 4;
         table.row("state of a sequence", bytes(state as u64));
