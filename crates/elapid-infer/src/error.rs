@@ -19,6 +19,19 @@ pub enum Error {
         /// What was given.
         found: String,
     },
+    /// A parameter cannot be used.
+    #[error("{name}: expected {expected}, found {found}")]
+    Weight {
+        /// Its name in the Hugging Face layout.
+        name: String,
+        /// What it should be.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
+    /// A model's files.
+    #[error(transparent)]
+    Format(std::sync::Arc<elapid_formats::Error>),
     /// There is nothing to predict a first token from.
     #[error("the prompt of sequence {sequence} is empty: at least one token is needed")]
     EmptyPrompt {
@@ -51,6 +64,12 @@ pub enum Error {
         /// NaN or an infinity.
         value: f32,
     },
+}
+
+impl From<elapid_formats::Error> for Error {
+    fn from(error: elapid_formats::Error) -> Self {
+        Self::Format(std::sync::Arc::new(error))
+    }
 }
 
 // Boxed, because results are returned often and errors are not.

@@ -4,6 +4,7 @@
 //! [`LanguageModel`](elapid_models::LanguageModel) that is [`ModelRunner`]: a chunked prefill in constant memory, then decoding one token a sequence and step. The tokens of a
 //! sequence depend on its prompt, state, id and the sampling options alone, never on the batch it is in.
 
+pub mod cpu;
 mod error;
 mod forward;
 mod generate;
@@ -13,6 +14,7 @@ mod runner;
 mod sampler;
 mod text;
 
+pub use cpu::CpuEngine;
 pub use error::{Error, Result};
 pub use forward::{Piece, forward};
 pub use generate::{Event, Finish, Generated, Generation, Options, Request, Timing, generate};

@@ -1,0 +1,315 @@
+//! The decode engine of the CPU: one-token steps at the speed of memory, prompts and batches on the same weights.
+//!
+//! Projections and embedding stay as they are stored (a mapped file is never copied) or are converted once; products
+//! read them in place ([`elapid_ops::quantized_linear`]). Convolution, Δ, A, D, norms and state are f32
+//! ([`elapid_ops::mamba_step`]). Threads share out channels and rows and meet at barriers (`pool.rs`, `step.rs`).
+//! Memory beside weights and states does not grow with the prompt: calls are cut into chunks.
+
+mod pool;
+mod step;
+mod weights;
+
+use std::ops::ControlFlow;
+
+use elapid_formats::ModelSource;
+use elapid_models::{LanguageModel, LayerState, MambaConfig, State};
+use elapid_ops::blocks::Encoding;
+use elapid_ops::mamba_step::Stretch;
+use elapid_tensor::{Device, Sequences, Tensor};
+
+use crate::runner::check_wanted;
+use crate::{Error, Logits, Receiver, Result, Runner};
+use pool::Pool;
+use step::{LayerPlace, Scratch, Sizes};
+use weights::Weights;
+
+/// Tokens that go through the layers together. Their activations stay in the caches, and weights are read once for
+/// all of them.
+const CHUNK: usize = 256;
+/// Logits are made for so many values at a time (16 MB).
+const LOGITS_AT_ONCE: usize = 1 << 22;
+
+const CONV_STATE: &str = "conv_state";
+const SSM_STATE: &str = "ssm_state";
+
+/// A Mamba language model that runs on the CPU without gradients.
+pub struct CpuEngine {
+    config: MambaConfig,
+    weights: Weights,
+    pool: Pool,
+    scratch: Option<Scratch>,
+}
+
+impl CpuEngine {
+    /// An engine for a model on disk on `threads` threads. Projections and embedding are converted to `encoding`, or
+    /// used as they are stored if there is none; a matrix whose rows are no whole blocks of it gets `q8_0`, or f32.
+    ///
+    /// # Errors
+    /// If a parameter that is read (all that are not used as stored) is not finite, there is no memory, or the system
+    /// gives no threads.
+    pub fn from_source(
+        source: &ModelSource,
+        encoding: Option<Encoding>,
+        threads: usize,
+    ) -> Result<Self> {
+        let weights = Weights::from_source(source, encoding)?;
+        Self::build(source.config(), weights, threads)
+    }
+
+    /// An engine for a model in memory, whose parameters are copied.
+    ///
+    /// # Errors
+    /// As [`CpuEngine::from_source`].
+    pub fn from_model(
+        model: &mut LanguageModel,
+        encoding: Option<Encoding>,
+        threads: usize,
+    ) -> Result<Self> {
+        let weights = Weights::from_model(model, encoding)?;
+        Self::build(model.config(), weights, threads)
+    }
+
+    fn build(config: &MambaConfig, weights: Weights, threads: usize) -> Result<Self> {
+        let pool = Pool::new(threads).map_err(|error| Error::Option {
+            name: "threads",
+            expected: "as many as the system gives",
+            found: format!("{threads} ({error})"),
+        })?;
+        Ok(Self { config: config.clone(), weights, pool, scratch: None })
+    }
+
+    /// How many threads take part.
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+
+    /// Bytes of weights that a token reads.
+    pub fn weight_bytes(&self) -> usize {
+        self.weights.size()
+    }
+
+    /// How the embedding and the projections are held; the first layer stands for all.
+    pub fn encoding(&self) -> Encoding {
+        self.weights.layers.first().map_or(self.weights.embedding.encoding, |l| l.in_proj.encoding)
+    }
+
+    fn sizes(&self) -> Sizes {
+        Sizes {
+            d: self.config.d_model,
+            e: self.config.d_inner(),
+            projected: self.config.dt_rank() + 2 * self.config.d_state,
+            vocabulary: self.config.padded_vocab_size(),
+        }
+    }
+
+    /// Tokens whose logits are made at a time.
+    fn piece(&self) -> usize {
+        (LOGITS_AT_ONCE / self.config.padded_vocab_size().max(1)).clamp(1, CHUNK)
+    }
+
+    /// Names and shapes of a layer's state.
+    fn state_shapes(&self, slots: usize) -> [(&'static str, [usize; 3]); 2] {
+        let e = self.config.d_inner();
+        [
+            (CONV_STATE, [slots, e, self.config.d_conv - 1]),
+            (SSM_STATE, [slots, e, self.config.d_state]),
+        ]
+    }
+}
+
+/// Part of a call that goes through the layers at once.
+struct Chunk {
+    /// Its tokens in the call.
+    start: usize,
+    len: usize,
+    stretches: Vec<Stretch>,
+}
+
+/// Cuts a call into chunks; sequences without tokens are part of the first.
+fn chunks(sequences: &Sequences) -> Vec<Chunk> {
+    let mut chunks: Vec<Chunk> = Vec::new();
+    for sequence in sequences {
+        let mut done = 0;
+        loop {
+            if chunks.last().is_none_or(|last| last.len == CHUNK && done < sequence.len) {
+                let start = chunks.last().map_or(0, |last| last.start + last.len);
+                chunks.push(Chunk { start, len: 0, stretches: Vec::new() });
+            }
+            let Some(chunk) = chunks.last_mut() else { break };
+            let len = (sequence.len - done).min(CHUNK - chunk.len);
+            chunk.stretches.push(Stretch {
+                start: chunk.len,
+                len,
+                slot: sequence.slot,
+                fresh: !sequence.continued && done == 0,
+            });
+            chunk.len += len;
+            done += len;
+            if done == sequence.len {
+                break;
+            }
+        }
+    }
+    chunks
+}
+
+impl Runner for CpuEngine {
+    fn config(&self) -> &MambaConfig {
+        &self.config
+    }
+
+    fn fresh_state(&self, slots: usize) -> Result<State> {
+        let layer = || {
+            let tensors = self.state_shapes(slots);
+            LayerState::new(tensors.map(|(name, shape)| (name.into(), Tensor::zeros::<f32>(shape))))
+        };
+        let layers = (0..self.config.n_layer).map(|_| layer()).collect();
+        Ok(State { layers, positions: vec![0; slots] })
+    }
+
+    fn check_state(&self, state: &State) -> Result<()> {
+        let refuse = |message| Err(elapid_models::Error::State(message).into());
+        if state.layers.len() != self.config.n_layer {
+            let (found, expected) = (state.layers.len(), self.config.n_layer);
+            return refuse(format!("{found} layers, expected {expected}"));
+        }
+        for (i, layer) in state.layers.iter().enumerate() {
+            for (name, shape) in self.state_shapes(state.slots()) {
+                match layer.get(name) {
+                    Some(tensor) if tensor.shape() == shape.into() => {}
+                    found => {
+                        let found = found.map_or("nothing".into(), |t| t.shape().to_string());
+                        return refuse(format!(
+                            "layer {i}, {name}: expected shape {shape:?}, found {found}"
+                        ));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn run(
+        &mut self,
+        ids: &[u32],
+        sequences: &Sequences,
+        state: Option<State>,
+        wanted: &[usize],
+        receive: &mut Receiver<'_>,
+    ) -> Result<State> {
+        check_wanted(ids, sequences, wanted)?;
+        let vocabulary = self.config.padded_vocab_size();
+        if let Some(place) = ids.iter().position(|&id| id as usize >= vocabulary) {
+            let sequence = sequences.into_iter().position(|s| s.tokens().contains(&place));
+            return Err(Error::Token {
+                sequence: sequence.unwrap_or(0),
+                place,
+                token: ids[place],
+                vocabulary,
+            });
+        }
+        let state = match state {
+            Some(state) => {
+                if state.slots() != sequences.slots() {
+                    let message =
+                        format!("{} slots, expected {}", state.slots(), sequences.slots());
+                    return Err(elapid_models::Error::State(message).into());
+                }
+                self.check_state(&state)?;
+                state.to(Device::Cpu)?
+            }
+            None if sequences.any_continued() => {
+                let message = "a sequence is continued, but there is no state".into();
+                return Err(elapid_models::Error::State(message).into());
+            }
+            None => self.fresh_state(sequences.slots())?,
+        };
+        let State { layers, mut positions } = state;
+        let mut tensors = Vec::with_capacity(layers.len());
+        for mut layer in layers {
+            tensors.push((layer.take(CONV_STATE)?, layer.take(SSM_STATE)?));
+        }
+        let mut places = Vec::with_capacity(tensors.len());
+        for (conv, ssm) in &mut tensors {
+            places.push(LayerPlace {
+                conv: conv.data_mut::<f32>()?.as_mut_ptr(),
+                ssm: ssm.data_mut::<f32>()?.as_mut_ptr(),
+            });
+        }
+        self.advance(ids, sequences, &places, wanted, receive);
+        for sequence in sequences {
+            let seen = &mut positions[sequence.slot];
+            *seen =
+                if sequence.continued { *seen } else { sequence.position } + sequence.len as u64;
+        }
+        let layers = tensors
+            .into_iter()
+            .map(|(conv, ssm)| {
+                LayerState::new([(CONV_STATE.into(), conv), (SSM_STATE.into(), ssm)])
+            })
+            .collect();
+        Ok(State { layers, positions })
+    }
+}
+
+impl CpuEngine {
+    /// Runs checked tokens; the states lie at `places`.
+    fn advance(
+        &mut self,
+        ids: &[u32],
+        sequences: &Sequences,
+        places: &[LayerPlace],
+        wanted: &[usize],
+        receive: &mut Receiver<'_>,
+    ) {
+        let (sizes, piece) = (self.sizes(), self.piece());
+        let chunks = chunks(sequences);
+        let room = chunks.iter().map(|chunk| chunk.len).max().unwrap_or(0);
+        let scratch = match self.scratch.take() {
+            Some(scratch) if scratch.tokens() >= room => scratch,
+            _ => {
+                // Steps of a few more sequences shall not need new memory.
+                let room = room.next_power_of_two().clamp(4, CHUNK);
+                Scratch::new(room, piece.min(room), sizes, &self.weights)
+            }
+        };
+        let scratch = self.scratch.insert(scratch);
+        let piece = piece.min(scratch.tokens());
+        let mut received = 0;
+        let mut listening = true;
+        for chunk in &chunks {
+            let ids = &ids[chunk.start..][..chunk.len];
+            let count = wanted[received..].partition_point(|&w| w < chunk.start + chunk.len);
+            let wanted: Vec<usize> =
+                wanted[received..][..count].iter().map(|w| w - chunk.start).collect();
+            let mut pieces = wanted.chunks(piece);
+            let first = if listening { pieces.next().unwrap_or_default() } else { &[] };
+            let frame = scratch.frame(&self.weights, sizes);
+            self.pool.run(&|member| {
+                // SAFETY: every thread of the pool runs this with the same arguments; the scratch has room for a
+                // chunk and a piece; ids and states were checked, and both are borrowed here alone.
+                unsafe {
+                    frame.layers(member, ids, &chunk.stretches, places);
+                    if !first.is_empty() {
+                        frame.logits(member, first);
+                    }
+                }
+            });
+            let mut part = first;
+            while listening && !part.is_empty() {
+                let values = &scratch.logits[..part.len() * sizes.vocabulary];
+                listening =
+                    receive(Logits { first: received, values }) == ControlFlow::Continue(());
+                received += part.len();
+                part = pieces.next().unwrap_or_default();
+                if listening && !part.is_empty() {
+                    let frame = scratch.frame(&self.weights, sizes);
+                    self.pool.run(&|member| {
+                        // SAFETY: as above.
+                        unsafe { frame.logits(member, part) }
+                    });
+                }
+            }
+        }
+    }
+}

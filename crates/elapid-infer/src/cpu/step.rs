@@ -1,0 +1,309 @@
+//! One call of the engine: up to a chunk of tokens through every layer, all threads in step.
+//!
+//! Between the projections a thread keeps to its own channels, so a layer needs four meetings (and two more where
+//! inputs are rounded to integers): before the convolution nothing is exchanged but the normed rows.
+
+use std::ops::Range;
+
+use elapid_ops::blocks::{Encoding, dequantize};
+use elapid_ops::mamba_step::{Rows, Stretch, TILE, padded};
+use elapid_ops::quantized_linear::{Output, Storage, Writer, product};
+
+use super::pool::Member;
+use super::weights::{Layer, Matrix, Weights};
+
+/// Rows of a projection are shared out in multiples of this.
+const GROUP: usize = 8;
+
+/// What flows through the layers, for up to a number of tokens.
+pub(super) struct Scratch {
+    tokens: usize,
+    /// [T, D]
+    residual: Vec<f32>,
+    /// [T, D]
+    normed: Vec<f32>,
+    /// [T, D]
+    out: Vec<f32>,
+    /// [T, E padded]: x, then u, then y.
+    x: Vec<f32>,
+    /// [T, E padded]
+    z: Vec<f32>,
+    /// [T, R + 2N]
+    projected: Vec<f32>,
+    /// [tokens of a piece, V]
+    pub logits: Vec<f32>,
+    inputs: Vec<((Encoding, usize), Storage)>,
+}
+
+/// The sizes of a model.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sizes {
+    pub d: usize,
+    pub e: usize,
+    pub projected: usize,
+    pub vocabulary: usize,
+}
+
+impl Scratch {
+    pub(super) fn new(tokens: usize, pieces: usize, sizes: Sizes, weights: &Weights) -> Self {
+        let width = padded(sizes.e);
+        let mut inputs: Vec<((Encoding, usize), Storage)> = Vec::new();
+        let head = weights.head.as_ref().unwrap_or(&weights.embedding);
+        let projections = weights.layers.iter().flat_map(|l| [&l.in_proj, &l.x_proj, &l.out_proj]);
+        for matrix in projections.chain([head]) {
+            let key = (matrix.encoding, matrix.columns);
+            if inputs.iter().all(|(own, _)| *own != key) {
+                inputs.push((key, Storage::new(matrix.encoding, tokens, matrix.columns)));
+            }
+        }
+        Self {
+            tokens,
+            residual: vec![0.0; tokens * sizes.d],
+            normed: vec![0.0; tokens * sizes.d],
+            out: vec![0.0; tokens * sizes.d],
+            x: vec![0.0; tokens * width],
+            z: vec![0.0; tokens * width],
+            projected: vec![0.0; tokens * sizes.projected],
+            logits: vec![0.0; pieces * sizes.vocabulary],
+            inputs,
+        }
+    }
+
+    /// Tokens that there is room for.
+    pub(super) fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// What threads share.
+    pub(super) fn frame<'a>(&mut self, weights: &'a Weights, sizes: Sizes) -> Frame<'a> {
+        let rows = |x: &mut Vec<f32>, stride| Rows { pointer: x.as_mut_ptr(), stride };
+        Frame {
+            weights,
+            sizes,
+            residual: rows(&mut self.residual, sizes.d),
+            normed: rows(&mut self.normed, sizes.d),
+            out: rows(&mut self.out, sizes.d),
+            x: rows(&mut self.x, padded(sizes.e)),
+            z: rows(&mut self.z, padded(sizes.e)),
+            projected: rows(&mut self.projected, sizes.projected),
+            logits: rows(&mut self.logits, sizes.vocabulary),
+            inputs: self.inputs.iter_mut().map(|(key, own)| (*key, own.writer())).collect(),
+        }
+    }
+}
+
+/// The memory of a call, as every thread sees it.
+pub(super) struct Frame<'a> {
+    weights: &'a Weights,
+    sizes: Sizes,
+    residual: Rows,
+    normed: Rows,
+    out: Rows,
+    x: Rows,
+    z: Rows,
+    projected: Rows,
+    logits: Rows,
+    inputs: Vec<((Encoding, usize), Writer)>,
+}
+
+// SAFETY: threads write disjoint parts between two meetings, as each use below says.
+unsafe impl Sync for Frame<'_> {}
+
+/// Where a layer's state is.
+#[derive(Clone, Copy)]
+pub(super) struct LayerPlace {
+    /// [slots, E, W - 1]
+    pub conv: *mut f32,
+    /// [slots, E, N]
+    pub ssm: *mut f32,
+}
+
+// SAFETY: threads use their own channels.
+unsafe impl Sync for LayerPlace {}
+
+impl Frame<'_> {
+    /// The tokens `ids` of `stretches` through every layer: `residual` and `out` hold the result.
+    ///
+    /// # Safety
+    /// All threads of one pool must call it with the same arguments; there must be room for the tokens; ids must be
+    /// rows of the embedding; states must have every slot, and nobody else may use them or the scratch meanwhile.
+    pub(super) unsafe fn layers(
+        &self,
+        member: &Member<'_>,
+        ids: &[u32],
+        stretches: &[Stretch],
+        states: &[LayerPlace],
+    ) {
+        for (index, (layer, state)) in self.weights.layers.iter().zip(states).enumerate() {
+            // SAFETY: the caller's.
+            unsafe {
+                self.layer(member, layer, (index == 0).then_some(ids), ids.len(), stretches, *state)
+            };
+        }
+    }
+
+    /// # Safety
+    /// As [`Frame::layers`].
+    unsafe fn layer(
+        &self,
+        member: &Member<'_>,
+        layer: &Layer,
+        ids: Option<&[u32]>,
+        tokens: usize,
+        stretches: &[Stretch],
+        state: LayerPlace,
+    ) {
+        let Sizes { d, e, .. } = self.sizes;
+        // SAFETY of all blocks: rows, units and channels are this thread's share between two meetings.
+        for token in member.share(tokens) {
+            unsafe {
+                let residual = slice(self.residual, token, d);
+                let out = match ids {
+                    Some(ids) => {
+                        self.embed(ids[token], residual);
+                        None
+                    }
+                    None => Some(&*slice(self.out, token, d)),
+                };
+                layer.norm.run(out, residual, slice(self.normed, token, d));
+                self.round_row(&layer.in_proj, self.normed, token);
+            }
+        }
+        member.wait();
+
+        let own = channels(member, e);
+        unsafe {
+            let gates = e + own.start..e + own.end;
+            let x = Rows { pointer: self.x.pointer.add(own.start), ..self.x };
+            let z = Rows { pointer: self.z.pointer.add(own.start), ..self.z };
+            self.project(&layer.in_proj, self.normed, tokens, own.clone(), x);
+            self.project(&layer.in_proj, self.normed, tokens, gates, z);
+            layer.convolution.run(own.clone(), stretches, self.x, state.conv);
+        }
+        member.wait();
+        unsafe { self.round(member, &layer.x_proj, self.x, tokens) };
+        let rows = share_rows(member, layer.x_proj.rows);
+        unsafe {
+            let to = Rows { pointer: self.projected.pointer.add(rows.start), ..self.projected };
+            self.project(&layer.x_proj, self.x, tokens, rows, to);
+        }
+        member.wait();
+        unsafe { layer.scan.run(own, stretches, self.x, self.z, self.projected, state.ssm) };
+        member.wait();
+        unsafe { self.round(member, &layer.out_proj, self.x, tokens) };
+        let rows = share_rows(member, d);
+        unsafe {
+            let to = Rows { pointer: self.out.pointer.add(rows.start), ..self.out };
+            self.project(&layer.out_proj, self.x, tokens, rows, to);
+        }
+        member.wait();
+    }
+
+    /// Logits of the tokens `wanted`, after [`Frame::layers`].
+    ///
+    /// # Safety
+    /// As [`Frame::layers`]; there must be room for these logits.
+    pub(super) unsafe fn logits(&self, member: &Member<'_>, wanted: &[usize]) {
+        let Sizes { d, vocabulary, .. } = self.sizes;
+        let head = self.weights.head.as_ref().unwrap_or(&self.weights.embedding);
+        let mut sum = vec![0.0; d];
+        // SAFETY of all blocks: as in `layer`.
+        for row in member.share(wanted.len()) {
+            unsafe {
+                // The residual stream stays as it is: other pieces may need it.
+                sum.copy_from_slice(slice(self.residual, wanted[row], d));
+                let out = &*slice(self.out, wanted[row], d);
+                self.weights.norm.run(Some(out), &mut sum, slice(self.normed, row, d));
+                self.round_row(head, self.normed, row);
+            }
+        }
+        member.wait();
+        let rows = share_rows(member, vocabulary);
+        unsafe {
+            let to = Rows { pointer: self.logits.pointer.add(rows.start), ..self.logits };
+            self.project(head, self.normed, wanted.len(), rows, to);
+        }
+        member.wait();
+    }
+
+    /// The embedding of a token.
+    fn embed(&self, id: u32, to: &mut [f32]) {
+        let weight = self.weights.embedding.weight();
+        // A row of whole blocks into as many values, so this cannot fail.
+        let _ = dequantize(weight.encoding(), weight.row(id as usize), to);
+    }
+
+    fn writer(&self, matrix: &Matrix) -> &Writer {
+        let key = (matrix.encoding, matrix.columns);
+        let found = self.inputs.iter().find(|(own, _)| *own == key);
+        &found.unwrap_or_else(|| unreachable!("every matrix has its room")).1
+    }
+
+    /// Rounds one token's input of `matrix`.
+    unsafe fn round_row(&self, matrix: &Matrix, x: Rows, token: usize) {
+        // SAFETY: the caller's: the row is this thread's.
+        unsafe { self.writer(matrix).write_row(token, slice(x, token, matrix.columns)) };
+    }
+
+    /// Rounds the inputs of `matrix`, each thread its share, and meets; nothing for floats.
+    unsafe fn round(&self, member: &Member<'_>, matrix: &Matrix, x: Rows, tokens: usize) {
+        let writer = self.writer(matrix);
+        if !writer.rounds() {
+            return;
+        }
+        // SAFETY: the rows were written before the last meeting; the units are this thread's.
+        unsafe {
+            let rows = std::slice::from_raw_parts(x.pointer, tokens * x.stride);
+            for unit in member.share(writer.units(tokens)) {
+                writer.write(unit, rows, x.stride);
+            }
+        }
+        member.wait();
+    }
+
+    /// Rows of `matrix` times the inputs, and the bias.
+    unsafe fn project(
+        &self,
+        matrix: &Matrix,
+        x: Rows,
+        tokens: usize,
+        rows: Range<usize>,
+        to: Rows,
+    ) {
+        // SAFETY: inputs were written before the last meeting; these rows of the result are this thread's.
+        unsafe {
+            let floats = std::slice::from_raw_parts(x.pointer, tokens * x.stride);
+            let inputs = self.writer(matrix).activations(tokens, floats, x.stride);
+            let out = Output { pointer: to.pointer, stride: to.stride };
+            product(&matrix.weight(), &inputs, rows.clone(), out);
+            if let Some(bias) = &matrix.bias {
+                for token in 0..tokens {
+                    for (y, b) in slice(to, token, rows.len()).iter_mut().zip(&bias[rows.clone()]) {
+                        *y += b;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The first `len` elements of a row.
+///
+/// # Safety
+/// They must be there, and this thread's until the next meeting.
+unsafe fn slice<'a>(rows: Rows, row: usize, len: usize) -> &'a mut [f32] {
+    // SAFETY: the caller's.
+    unsafe { std::slice::from_raw_parts_mut(rows.pointer.add(row * rows.stride), len) }
+}
+
+/// This thread's channels: whole tiles.
+fn channels(member: &Member<'_>, e: usize) -> Range<usize> {
+    let tiles = member.share(e.div_ceil(TILE));
+    (tiles.start * TILE).min(e)..(tiles.end * TILE).min(e)
+}
+
+/// This thread's rows.
+fn share_rows(member: &Member<'_>, rows: usize) -> Range<usize> {
+    let groups = member.share(rows.div_ceil(GROUP));
+    (groups.start * GROUP).min(rows)..(groups.end * GROUP).min(rows)
+}
