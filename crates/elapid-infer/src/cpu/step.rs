@@ -154,8 +154,8 @@ impl Frame<'_> {
         state: LayerPlace,
     ) {
         let Sizes { d, e, .. } = self.sizes;
-        // SAFETY of all blocks: rows, units and channels are this thread's share between two meetings.
         for token in member.share(tokens) {
+            // SAFETY: these rows are this thread's until the meeting; `out` was written before the last one.
             unsafe {
                 let residual = slice(self.residual, token, d);
                 let out = match ids {
@@ -172,6 +172,7 @@ impl Frame<'_> {
         member.wait();
 
         let own = channels(member, e);
+        // SAFETY: the normed rows are only read now; channels of x, z and the state are this thread's.
         unsafe {
             let gates = e + own.start..e + own.end;
             let x = Rows { pointer: self.x.pointer.add(own.start), ..self.x };
@@ -181,17 +182,22 @@ impl Frame<'_> {
             layer.convolution.run(own.clone(), stretches, self.x, state.conv);
         }
         member.wait();
+        // SAFETY: u was written before the meeting and is only read now.
         unsafe { self.round(member, &layer.x_proj, self.x, tokens) };
         let rows = share_rows(member, layer.x_proj.rows);
+        // SAFETY: u is only read now; these rows of the projection are this thread's.
         unsafe {
             let to = Rows { pointer: self.projected.pointer.add(rows.start), ..self.projected };
             self.project(&layer.x_proj, self.x, tokens, rows, to);
         }
         member.wait();
+        // SAFETY: the projection is only read now; channels of u, z and the state are this thread's.
         unsafe { layer.scan.run(own, stretches, self.x, self.z, self.projected, state.ssm) };
         member.wait();
+        // SAFETY: y was written before the meeting and is only read now.
         unsafe { self.round(member, &layer.out_proj, self.x, tokens) };
         let rows = share_rows(member, d);
+        // SAFETY: y is only read now; these rows of the output are this thread's.
         unsafe {
             let to = Rows { pointer: self.out.pointer.add(rows.start), ..self.out };
             self.project(&layer.out_proj, self.x, tokens, rows, to);
@@ -207,8 +213,8 @@ impl Frame<'_> {
         let Sizes { d, vocabulary, .. } = self.sizes;
         let head = self.weights.head.as_ref().unwrap_or(&self.weights.embedding);
         let mut sum = vec![0.0; d];
-        // SAFETY of all blocks: as in `layer`.
         for row in member.share(wanted.len()) {
+            // SAFETY: residual and output are only read now; the normed row is this thread's.
             unsafe {
                 // The residual stream stays as it is: other pieces may need it.
                 sum.copy_from_slice(slice(self.residual, wanted[row], d));
@@ -219,6 +225,7 @@ impl Frame<'_> {
         }
         member.wait();
         let rows = share_rows(member, vocabulary);
+        // SAFETY: the normed rows are only read now; these rows of the logits are this thread's.
         unsafe {
             let to = Rows { pointer: self.logits.pointer.add(rows.start), ..self.logits };
             self.project(head, self.normed, wanted.len(), rows, to);

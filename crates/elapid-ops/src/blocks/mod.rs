@@ -217,6 +217,11 @@ pub fn dequantize(encoding: Encoding, bytes: &[u8], out: &mut [f32]) -> Result<(
             format!("{} bytes for {} elements, expected {needed}", bytes.len(), out.len()),
         ));
     }
+    if out.len() <= TASK {
+        // A row for a thread that has no part in the pool must not wait for it.
+        dequantize_task(encoding, bytes, out);
+        return Ok(());
+    }
     let task_bytes = TASK / encoding.block_len() * encoding.block_bytes();
     bytes
         .par_chunks(task_bytes)

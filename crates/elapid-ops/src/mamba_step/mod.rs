@@ -3,7 +3,7 @@
 //!
 //! [`Convolution`] is the causal convolution with SiLU, [`Scan`] the Δ projection, softplus, recurrence, skip and gate,
 //! [`Normalization`] the addition to the residual stream and the norm. Each works in place on rows that lie a stride
-//! apart and on the state as [`State`](../../elapid_models/struct.State.html) holds it, so a batch of one-token
+//! apart and on the state as a model's `State` holds it, so a batch of one-token
 //! sequences, a prompt or any mixture is the same call; every token's arithmetic is the same in all of them, bit
 //! for bit. Definitions are those of [`causal_conv1d`](crate::causal_conv1d) and
 //! [`selective_scan`](crate::selective_scan), whose references test these.
