@@ -104,7 +104,12 @@ fn golden_weights_stored_as_bf16() {
 }
 
 fn config() -> MambaConfig {
-    MambaConfig { norm: NormKind::Layer, bias: true, ..MambaConfig::bytes(256, 2) }
+    MambaConfig {
+        norm: NormKind::Layer,
+        bias: true,
+        mixer_rms_eps: Some(1e-6),
+        ..MambaConfig::bytes(256, 2)
+    }
 }
 
 /// A model whose projections and embedding have values of the encoding.

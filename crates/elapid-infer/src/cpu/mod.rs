@@ -98,6 +98,8 @@ impl CpuEngine {
             d: self.config.d_model,
             e: self.config.d_inner(),
             projected: self.config.dt_rank() + 2 * self.config.d_state,
+            rank: self.config.dt_rank(),
+            states: self.config.d_state,
             vocabulary: self.config.padded_vocab_size(),
         }
     }

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use elapid_ops::blocks::{Encoding, dequantize};
-use elapid_ops::mamba_step::{Rows, Stretch, TILE, padded};
+use elapid_ops::mamba_step::{Rows, Stretch, TILE, padded, rms};
 use elapid_ops::quantized_linear::{Output, Storage, Writer, product};
 
 use super::pool::Member;
@@ -41,6 +41,8 @@ pub(super) struct Sizes {
     pub d: usize,
     pub e: usize,
     pub projected: usize,
+    pub rank: usize,
+    pub states: usize,
     pub vocabulary: usize,
 }
 
@@ -191,6 +193,19 @@ impl Frame<'_> {
             self.project(&layer.x_proj, self.x, tokens, rows, to);
         }
         member.wait();
+        if let Some(eps) = self.weights.rms_eps {
+            let Sizes { projected, rank, states, .. } = self.sizes;
+            for token in member.share(tokens) {
+                // SAFETY: these rows are this thread's until the next meeting.
+                let row = unsafe { slice(self.projected, token, projected) };
+                let (dt, bc) = row.split_at_mut(rank);
+                let (b, c) = bc.split_at_mut(states);
+                for part in [dt, b, c] {
+                    rms(part, eps);
+                }
+            }
+            member.wait();
+        }
         // SAFETY: the projection is only read now; channels of u, z and the state are this thread's.
         unsafe { layer.scan.run(own, stretches, self.x, self.z, self.projected, state.ssm) };
         member.wait();

@@ -50,6 +50,8 @@ pub(super) struct Weights {
     pub embedding: Matrix,
     pub layers: Vec<Layer>,
     pub norm: Normalization,
+    /// Of the norms of Δ's inputs, B and C, if there are such.
+    pub rms_eps: Option<f32>,
     /// None if the head is the embedding.
     pub head: Option<Matrix>,
 }
@@ -143,6 +145,7 @@ fn load(config: &MambaConfig, get: &Get<'_>, encoding: Option<Encoding>) -> Resu
         embedding: matrix(get, "backbone.embeddings.weight", vocabulary, d, encoding)?,
         layers: (0..config.n_layer).map(layer).collect::<Result<_>>()?,
         norm: norm("backbone.norm_f")?,
+        rms_eps: config.mixer_rms_eps.map(|eps| eps as f32),
         head: (!config.tie_embeddings)
             .then(|| matrix(get, "lm_head.weight", vocabulary, d, encoding))
             .transpose()?,

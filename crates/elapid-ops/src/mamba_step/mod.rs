@@ -15,7 +15,7 @@ mod scan;
 mod tests;
 
 pub use convolution::Convolution;
-pub use normalization::Normalization;
+pub use normalization::{Normalization, rms};
 pub use scan::{Parameters, Scan};
 
 /// Channels that are worked off together; stretches start at multiples of it.

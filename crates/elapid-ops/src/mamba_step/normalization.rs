@@ -48,6 +48,14 @@ impl Normalization {
     }
 }
 
+/// `x` over its root mean square: the norms of Δ's inputs, B and C in FalconMamba (arXiv 2410.05355).
+pub fn rms(x: &mut [f32], eps: f32) {
+    let scale = 1.0 / (sum_of_squares(x, 0.0) / x.len() as f32 + eps).sqrt();
+    for x in x {
+        *x *= scale;
+    }
+}
+
 fn sum(x: &[f32]) -> f32 {
     struct Op<'a>(&'a [f32]);
     impl WithSimd for Op<'_> {
