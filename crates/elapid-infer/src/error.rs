@@ -32,6 +32,20 @@ pub enum Error {
     /// A model's files.
     #[error(transparent)]
     Format(std::sync::Arc<elapid_formats::Error>),
+    /// A model computes something else on its device than in the reference.
+    #[error(
+        "self-check: {tensor} is wrong where the model is: at {place} expected {expected}, found {found}"
+    )]
+    SelfCheck {
+        /// The weight that is damaged or whose kernel is wrong.
+        tensor: String,
+        /// The activation and the index in it.
+        place: String,
+        /// The reference.
+        expected: f64,
+        /// What was computed.
+        found: f64,
+    },
     /// There is nothing to predict a first token from.
     #[error("the prompt of sequence {sequence} is empty: at least one token is needed")]
     EmptyPrompt {

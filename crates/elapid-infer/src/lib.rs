@@ -12,6 +12,7 @@ mod gpu_steps;
 mod prefill;
 mod runner;
 mod sampler;
+mod self_check;
 mod text;
 
 pub use cpu::CpuEngine;
@@ -20,4 +21,5 @@ pub use forward::{Piece, forward};
 pub use generate::{Event, Finish, Generated, Generation, Options, Request, Timing, generate};
 pub use runner::{Logits, ModelRunner, Receiver, Runner};
 pub use sampler::{Sampler, Sampling};
+pub use self_check::{Checked, Rows, SelfCheck, Trace};
 pub use text::{StopStrings, TextStream, Utf8Stream};

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
+use elapid_infer::{Rows, SelfCheck};
 use elapid_models::LanguageModel;
 use elapid_tensor::{DType, Device};
 
@@ -64,6 +65,9 @@ pub struct Global {
     /// Never ask the network: models of the hub must be in its cache (also HF_HUB_OFFLINE=1)
     #[arg(long, global = true)]
     pub offline: bool,
+    /// Do not compare a loaded model's kernels and weights with the reference where it runs
+    #[arg(long, global = true)]
+    pub no_self_check: bool,
 }
 
 /// What `--device` names.
@@ -84,6 +88,8 @@ pub struct Placement {
     pub dtype: DType,
     /// Why there is no GPU, where one was looked for.
     pub reason: Option<String>,
+    /// Whether a model that is placed is checked there.
+    pub self_check: bool,
 }
 
 impl Global {
@@ -109,17 +115,25 @@ impl Global {
             );
             return Err(Usage::new(message).into());
         }
-        Ok(Placement { device, dtype, reason: reason.map(|reason| reason.to_string()) })
+        let reason = reason.map(|reason| reason.to_string());
+        Ok(Placement { device, dtype, reason, self_check: !self.no_self_check })
     }
 }
 
 impl Placement {
-    /// Moves a model there.
+    /// Moves a model there, and compares what it computes with the reference.
     ///
     /// # Errors
-    /// If the device is full or fails.
+    /// If the device is full or fails, or a kernel or weight is wrong there.
     pub fn place(&self, model: &mut LanguageModel) -> anyhow::Result<()> {
-        Ok(model.place(self.device, self.dtype)?)
+        let check = self.self_check.then(|| SelfCheck::of(model)).transpose()?;
+        model.place(self.device, self.dtype)?;
+        if let Some(check) = check {
+            check
+                .check(model, Rows::AT_LOAD)
+                .with_context(|| format!("the model cannot be trusted on {}", self.device))?;
+        }
+        Ok(())
     }
 }
 

@@ -7,11 +7,11 @@ mod self_check;
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
-use elapid_infer::{ModelRunner, forward};
+use elapid_infer::{Checked, ModelRunner, Rows, SelfCheck, forward};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
-use crate::cli::{Global, JsonArgument};
+use crate::cli::{Global, JsonArgument, Placement};
 use crate::model_folder;
 use crate::output::{Table, bytes, grouped, print_json};
 use gpu::Gpus;
@@ -30,8 +30,9 @@ Exit code 1 if a check fails.";
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Arguments {
-    /// Also check this model: its files, and that a forward pass gives finite logits
-    #[arg(long, value_name = "DIR")]
+    /// Also check this model: its files, that a forward pass gives finite logits, and every weight and
+    /// kernel against the reference
+    #[arg(long, value_name = "MODEL")]
     model: Option<PathBuf>,
     #[command(flatten)]
     json: JsonArgument,
@@ -55,6 +56,12 @@ struct Model {
     folder: String,
     parameters: usize,
     logits_finite: bool,
+    /// Values that were compared with the reference, of every output row of every weight.
+    checked_values: usize,
+    /// Their largest difference, as a share of what rounding explains.
+    worst_share: f64,
+    /// The first weight or kernel that is wrong.
+    fault: Option<String>,
 }
 
 /// Checks and reports.
@@ -62,11 +69,11 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     let placement = global.placement()?;
     let checks = self_check::run()?;
     let model = match &arguments.model {
-        Some(path) => Some(check_model(path)?),
+        Some(path) => Some(check_model(path, &placement)?),
         None => None,
     };
-    let healthy =
-        checks.iter().all(|check| check.passed) && model.as_ref().is_none_or(|m| m.logits_finite);
+    let healthy = checks.iter().all(|check| check.passed)
+        && model.as_ref().is_none_or(|m| m.logits_finite && m.fault.is_none());
     let report = Report {
         version: env!("CARGO_PKG_VERSION"),
         device: placement.to_string(),
@@ -88,9 +95,18 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     Ok(())
 }
 
-/// Reads every file of a model and runs a few tokens through it.
-fn check_model(path: &Path) -> Result<Model> {
-    let (model, folder) = model_folder::load(path)?;
+/// Reads every file of a model, runs a few tokens through it, and compares every output row with the reference.
+fn check_model(path: &Path, placement: &Placement) -> Result<Model> {
+    let (mut model, folder) = model_folder::load(path)?;
+    let check = SelfCheck::of(&mut model)?;
+    model.place(placement.device, placement.dtype)?;
+    let (checked, fault) = match check.check(&mut model, Rows::All) {
+        Ok(checked) => (checked, None),
+        Err(error @ elapid_infer::Error::SelfCheck { .. }) => {
+            (Checked::default(), Some(error.to_string()))
+        }
+        Err(error) => return Err(error.into()),
+    };
     let vocabulary = model.config().vocab_size as u32;
     let tokens: Vec<u32> = (0..16u32).map(|t| t * 31 % vocabulary).collect();
     let mut logits_finite = true;
@@ -108,6 +124,9 @@ fn check_model(path: &Path) -> Result<Model> {
         folder: folder.display().to_string(),
         parameters: model.config().parameter_count(),
         logits_finite,
+        checked_values: checked.values,
+        worst_share: checked.worst,
+        fault,
     })
 }
 
@@ -144,6 +163,14 @@ fn table(report: &Report) -> Table {
         let count = grouped(model.parameters as u64);
         table.row("model", format!("{} ({count} parameters)", model.folder));
         table.row("check forward", format!("{verdict} logits and states"));
+        let verdict = model.fault.as_ref().map_or_else(
+            || {
+                let values = grouped(model.checked_values as u64);
+                format!("ok, {values} values, at most {:.2} of their limit", model.worst_share)
+            },
+            |fault| format!("FAILED: {fault}"),
+        );
+        table.row("check weights", verdict);
     }
     table
 }

@@ -1,0 +1,163 @@
+//! Whether a model computes right where it is: a pass of a few tokens, each of whose activations is
+//! computed once more in plain f64 from the activations before it and from the weights as they were read.
+//!
+//! A kernel that is wrong on a device, a weight that arrived damaged there, or one that is no number shows
+//! as the first output that differs, and is named. At load some output rows of every weight are looked at;
+//! `elapid doctor` looks at all of them.
+
+mod reference;
+
+use std::collections::BTreeMap;
+
+use elapid_models::{Context, LanguageModel, MambaConfig};
+use elapid_tensor::autograd::no_grad;
+use elapid_tensor::{DType, Device, Sequences, Tensor};
+
+use crate::{Error, Result};
+use reference::Reference;
+
+/// How much is looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rows {
+    /// So many output rows of each weight.
+    Sampled(usize),
+    /// Every one.
+    All,
+}
+
+impl Rows {
+    /// Enough to see a wrong kernel at once; a few microseconds a weight.
+    pub const AT_LOAD: Self = Self::Sampled(16);
+
+    /// The rows of `0..count` to look at; `salt` lets neighbouring layers look at different ones.
+    fn of(self, count: usize, salt: usize) -> Vec<usize> {
+        match self {
+            Self::Sampled(rows) if rows < count => {
+                let mut chosen: Vec<usize> =
+                    (0..rows).map(|i| (i * count / rows + salt * 7 + i) % count).collect();
+                chosen.sort_unstable();
+                chosen.dedup();
+                chosen
+            }
+            _ => (0..count).collect(),
+        }
+    }
+}
+
+/// Values of a pass by the name of the module that made them, in f64 on the host.
+pub type Trace = BTreeMap<String, Vec<f64>>;
+
+/// What was compared.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Checked {
+    /// Number of values.
+    pub values: usize,
+    /// The largest difference, as a share of what rounding explains.
+    pub worst: f64,
+}
+
+/// The weights as they were read, against which a model is checked later. They share the model's memory
+/// until it is moved or changed.
+pub struct SelfCheck {
+    config: MambaConfig,
+    weights: BTreeMap<String, Tensor>,
+}
+
+impl SelfCheck {
+    /// Takes note of the weights of a model on the host.
+    ///
+    /// # Errors
+    /// If they are somewhere else.
+    pub fn of(model: &mut LanguageModel) -> Result<Self> {
+        let mut weights = BTreeMap::new();
+        model.visit(&mut |parameter| {
+            // Somewhere else they could not be read.
+            parameter.tensor.data::<f32>()?;
+            weights.insert(parameter.name, parameter.tensor.detach());
+            Ok(())
+        })?;
+        Ok(Self { config: model.config().clone(), weights })
+    }
+
+    /// Runs a few tokens through the model where it is now, and compares.
+    ///
+    /// # Errors
+    /// [`Error::SelfCheck`] with the first tensor that is wrong.
+    pub fn check(&self, model: &mut LanguageModel, rows: Rows) -> Result<Checked> {
+        let trace = self.trace(model)?;
+        let outcome = self.compare(&trace, model.compute(), rows);
+        match outcome {
+            Err(Error::SelfCheck { tensor, found, expected, place }) => {
+                // A damaged weight is named rather than the kernel that read it.
+                let tensor = self.damaged(model, &tensor)?.unwrap_or(tensor);
+                Err(Error::SelfCheck { tensor, found, expected, place })
+            }
+            other => other,
+        }
+    }
+
+    /// Two tokens that every vocabulary has, or as many as the convolution has taps, so that each is read.
+    fn tokens(&self) -> Vec<u32> {
+        let last = self.config.vocab_size.saturating_sub(1);
+        let count = self.config.d_conv.max(2);
+        (0..count).map(|i| u32::try_from(last / (i + 2)).unwrap_or(0)).collect()
+    }
+
+    /// All activations of the tokens, and their logits.
+    ///
+    /// # Errors
+    /// Those of the model.
+    pub fn trace(&self, model: &LanguageModel) -> Result<Trace> {
+        no_grad(|| {
+            let tokens = self.tokens();
+            let mut taken: Vec<(String, Tensor)> = Vec::new();
+            let mut tap = |name: &str, tensor: &Tensor| taken.push((name.into(), tensor.clone()));
+            let ids = Tensor::from_slice(&tokens, [tokens.len()])?;
+            let sequences = Sequences::fresh(&[tokens.len()]);
+            let mut context = Context::tapped(&mut tap);
+            let (hidden, _) = model.hidden(&ids, &sequences, None, &mut context)?;
+            let logits = model.logits(&hidden)?;
+            taken.push(("logits".into(), logits));
+            let values = taken
+                .into_iter()
+                .map(|(name, tensor)| Ok((name, tensor.to(Device::Cpu)?.to_f64_vec()?)));
+            values.collect()
+        })
+    }
+
+    /// Compares the activations of a pass that computed in `compute` with the reference.
+    ///
+    /// # Errors
+    /// [`Error::SelfCheck`] with the first tensor that is wrong.
+    pub fn compare(&self, trace: &Trace, compute: DType, rows: Rows) -> Result<Checked> {
+        let mut reference = Reference::new(&self.config, &self.weights, trace, compute, rows);
+        reference.run(&self.tokens())?;
+        Ok(reference.checked)
+    }
+
+    /// The first of the weights that `tensor` stands for whose values are not those that were read.
+    fn damaged(&self, model: &mut LanguageModel, tensor: &str) -> Result<Option<String>> {
+        let mut found = None;
+        let module = tensor.rsplit_once('.').map_or(tensor, |(module, _)| module);
+        model.visit(&mut |parameter| {
+            let near = parameter.name.starts_with(module) || parameter.name == tensor;
+            if found.is_some() || !near {
+                return Ok(());
+            }
+            let now = parameter.tensor.to(Device::Cpu)?;
+            let same = self.weights.get(&parameter.name).is_some_and(|read| {
+                match (now.data::<f32>(), read.data::<f32>()) {
+                    (Ok(now), Ok(read)) => {
+                        now.iter().zip(read).all(|(a, b)| a.to_bits() == b.to_bits())
+                    }
+                    _ => false,
+                }
+            });
+            if !same {
+                found = Some(parameter.name);
+            }
+            Ok(())
+        })?;
+        Ok(found)
+    }
+}

@@ -1,0 +1,294 @@
+//! The computation of a Mamba language model in plain f64 loops, one module after the other, each from the
+//! activations that the pass had before it: so an error shows where it is made, not where it ends.
+
+use std::collections::BTreeMap;
+
+use elapid_models::MambaConfig;
+use elapid_tensor::{DType, Tensor};
+
+use super::{Checked, Rows, Trace};
+use crate::{Error, Result};
+
+/// Differences that rounding explains, as a share of the sum of magnitudes.
+fn tolerance(compute: DType) -> f64 {
+    match compute {
+        // Inputs, weights and outputs have eight bits.
+        DType::BF16 => 2e-2,
+        _ => 2e-5,
+    }
+}
+
+pub(super) struct Reference<'a> {
+    config: &'a MambaConfig,
+    weights: &'a BTreeMap<String, Tensor>,
+    trace: &'a Trace,
+    tolerance: f64,
+    rows: Rows,
+    layer: usize,
+    pub checked: Checked,
+}
+
+impl<'a> Reference<'a> {
+    pub(super) fn new(
+        config: &'a MambaConfig,
+        weights: &'a BTreeMap<String, Tensor>,
+        trace: &'a Trace,
+        compute: DType,
+        rows: Rows,
+    ) -> Self {
+        let tolerance = tolerance(compute);
+        Self { config, weights, trace, tolerance, rows, layer: 0, checked: Checked::default() }
+    }
+
+    pub(super) fn run(&mut self, tokens: &[u32]) -> Result<()> {
+        let d = self.config.d_model;
+        const EMBEDDINGS: &str = "backbone.embeddings";
+        let name = format!("{EMBEDDINGS}.weight");
+        let table = self.weight(&name)?;
+        for (t, id) in tokens.iter().enumerate() {
+            for c in 0..d {
+                let expected = f64::from(table[*id as usize * d + c]);
+                self.same(&name, EMBEDDINGS, t * d + c, expected, expected.abs())?;
+            }
+        }
+        let mut stream = EMBEDDINGS.to_owned();
+        let mut before: Option<String> = None;
+        for layer in 0..self.config.n_layer {
+            self.layer = layer;
+            let prefix = format!("backbone.layers.{layer}");
+            let residual = format!("{prefix}.residual");
+            self.sum(&residual, before.as_deref(), &stream)?;
+            self.norm(&format!("{prefix}.norm"), &residual)?;
+            self.mixer(&prefix)?;
+            stream = format!("{prefix}.mixer.out_proj");
+            before = Some(residual);
+        }
+        self.last_norm(before.as_deref(), &stream)?;
+        let head = match self.config.tie_embeddings {
+            true => name.as_str(),
+            false => "lm_head.weight",
+        };
+        // The head computes in f32 on every device, from what the last norm gave.
+        self.layer = 0;
+        let last = self.values("backbone.norm_f")?;
+        self.linear(head, None, last, d, "logits")
+    }
+
+    fn weight(&self, name: &str) -> Result<&'a [f32]> {
+        match self.weights.get(name) {
+            Some(tensor) => Ok(tensor.data::<f32>()?),
+            None => Err(missing(name)),
+        }
+    }
+
+    fn optional(&self, name: &str) -> Result<Option<&'a [f32]>> {
+        self.weights.get(name).map(|tensor| Ok(tensor.data::<f32>()?)).transpose()
+    }
+
+    fn values(&self, name: &str) -> Result<&'a [f64]> {
+        self.trace.get(name).map(Vec::as_slice).ok_or_else(|| missing(name))
+    }
+
+    /// Compares one value of an activation; `size` is the sum of the magnitudes that it was made of.
+    fn same(
+        &mut self,
+        tensor: &str,
+        activation: &str,
+        index: usize,
+        expected: f64,
+        size: f64,
+    ) -> Result<()> {
+        let found = self.values(activation)?.get(index).copied().unwrap_or(f64::NAN);
+        let share = (found - expected).abs() / (self.tolerance * size + 1e-30);
+        self.checked.values += 1;
+        // A NaN on either side is no share below one.
+        if share <= 1.0 {
+            self.checked.worst = self.checked.worst.max(share);
+            return Ok(());
+        }
+        Err(Error::SelfCheck {
+            tensor: tensor.into(),
+            place: format!("{activation}[{index}]"),
+            expected,
+            found,
+        })
+    }
+
+    /// The residual stream.
+    fn sum(&mut self, output: &str, residual: Option<&str>, hidden: &str) -> Result<()> {
+        let x = self.values(hidden)?;
+        let none = vec![0.0; x.len()];
+        let residual = residual.map_or(Ok(none.as_slice()), |name| self.values(name))?;
+        for (i, (x, r)) in x.iter().zip(residual).enumerate() {
+            self.same(output, output, i, x + r, x.abs() + r.abs())?;
+        }
+        Ok(())
+    }
+
+    /// RMSNorm, or LayerNorm where there is a bias, of an activation.
+    fn norm(&mut self, name: &str, input: &str) -> Result<()> {
+        let x = self.values(input)?.to_vec();
+        self.norm_of(name, &x)
+    }
+
+    /// The last norm's input is not shown: it is the sum of what is.
+    fn last_norm(&mut self, residual: Option<&str>, hidden: &str) -> Result<()> {
+        let mut x = self.values(hidden)?.to_vec();
+        if let Some(residual) = residual {
+            x.iter_mut().zip(self.values(residual)?).for_each(|(x, r)| *x += r);
+        }
+        self.norm_of("backbone.norm_f", &x)
+    }
+
+    fn norm_of(&mut self, name: &str, x: &[f64]) -> Result<()> {
+        let d = self.config.d_model;
+        let weight_name = format!("{name}.weight");
+        let weight = self.weight(&weight_name)?;
+        let bias = self.optional(&format!("{name}.bias"))?;
+        for (t, x) in x.chunks(d).enumerate() {
+            let mean = bias.map_or(0.0, |_| x.iter().sum::<f64>() / d as f64);
+            let square = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / d as f64;
+            let scale = 1.0 / (square + self.config.norm_eps).sqrt();
+            for (c, x) in x.iter().enumerate() {
+                let normed = (x - mean) * scale * f64::from(weight[c]);
+                let b = bias.map_or(0.0, |bias| f64::from(bias[c]));
+                let size = (x.abs() + mean.abs()) * scale * f64::from(weight[c]).abs() + b.abs();
+                // Each value is as exact as the norm of all is.
+                self.same(&weight_name, name, t * d + c, normed + b, size + 1e-6)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Some rows of a product with an input [T, width].
+    fn linear(
+        &mut self,
+        weight_name: &str,
+        bias_name: Option<&str>,
+        input: &[f64],
+        width: usize,
+        output: &str,
+    ) -> Result<()> {
+        let weight = self.weight(weight_name)?;
+        let bias = bias_name.map_or(Ok(None), |name| self.optional(name))?;
+        let count = weight.len() / width;
+        for row in self.rows.of(count, self.layer) {
+            let w = &weight[row * width..][..width];
+            let b = bias.map_or(0.0, |bias| f64::from(bias[row]));
+            for (t, x) in input.chunks(width).enumerate() {
+                let (mut sum, mut size) = (b, b.abs());
+                for (w, x) in w.iter().zip(x) {
+                    let product = f64::from(*w) * x;
+                    sum += product;
+                    size += product.abs();
+                }
+                self.same(weight_name, output, t * count + row, sum, size)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn mixer(&mut self, prefix: &str) -> Result<()> {
+        let (d, e, r) = (self.config.d_model, self.config.d_inner(), self.config.dt_rank());
+        let name = |field: &str| format!("{prefix}.mixer.{field}");
+        let weight = |module: &str| format!("{prefix}.mixer.{module}.weight");
+        let normed = self.values(&format!("{prefix}.norm"))?;
+        let bias = name("in_proj.bias");
+        self.linear(&weight("in_proj"), Some(&bias), normed, d, &name("in_proj"))?;
+        self.convolution(&name("in_proj"), &name("conv1d"))?;
+        let u = self.values(&name("conv1d"))?;
+        self.linear(&weight("x_proj"), None, u, e, &name("x_proj"))?;
+        let parts = self.parts(&name("x_proj"))?;
+        let dt: Vec<f64> = parts.iter().flat_map(|[dt, ..]| dt.iter().copied()).collect();
+        self.linear(&weight("dt_proj"), None, &dt, r, &name("dt_proj"))?;
+        self.scan(prefix, &parts)?;
+        let y = self.values(&name("scan"))?;
+        self.linear(&weight("out_proj"), Some(&name("out_proj.bias")), y, e, &name("out_proj"))
+    }
+
+    /// Δ's low rank, B and C of each token, normalised in FalconMamba.
+    fn parts(&self, x_proj: &str) -> Result<Vec<[Vec<f64>; 3]>> {
+        let (n, r) = (self.config.d_state, self.config.dt_rank());
+        let values = self.values(x_proj)?;
+        let eps = self.config.mixer_rms_eps;
+        let norm = |part: &[f64]| -> Vec<f64> {
+            let Some(eps) = eps else { return part.to_vec() };
+            let square = part.iter().map(|x| x * x).sum::<f64>() / part.len() as f64;
+            part.iter().map(|x| x / (square + eps).sqrt()).collect()
+        };
+        let rows = values.chunks_exact(r + 2 * n);
+        Ok(rows.map(|row| [&row[..r], &row[r..r + n], &row[r + n..]].map(norm)).collect())
+    }
+
+    /// silu(conv(x)) of the first half of what the input projection gave.
+    fn convolution(&mut self, input: &str, output: &str) -> Result<()> {
+        let (e, taps) = (self.config.d_inner(), self.config.d_conv);
+        let weight_name = format!("{output}.weight");
+        let weight = self.weight(&weight_name)?;
+        let bias = self.optional(&format!("{output}.bias"))?;
+        let x = self.values(input)?;
+        for c in self.rows.of(e, self.layer) {
+            let b = bias.map_or(0.0, |bias| f64::from(bias[c]));
+            for t in 0..x.len() / (2 * e) {
+                let (mut sum, mut size) = (b, b.abs());
+                for back in 0..taps.min(t + 1) {
+                    // The last tap meets the present token.
+                    let product =
+                        f64::from(weight[c * taps + taps - 1 - back]) * x[(t - back) * 2 * e + c];
+                    sum += product;
+                    size += product.abs();
+                }
+                self.same(&weight_name, output, t * e + c, silu(sum), size)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// h = exp(Δ A) h + Δ B u; y = (C h + D u) silu(z).
+    fn scan(&mut self, prefix: &str, parts: &[[Vec<f64>; 3]]) -> Result<()> {
+        let (e, n) = (self.config.d_inner(), self.config.d_state);
+        let name = |field: &str| format!("{prefix}.mixer.{field}");
+        let a_log_name = name("A_log");
+        let a_log = self.weight(&a_log_name)?;
+        let skip = self.weight(&name("D"))?;
+        let dt_bias = self.optional(&name("dt_proj.bias"))?;
+        let (u, delta) = (self.values(&name("conv1d"))?, self.values(&name("dt_proj"))?);
+        let xz = self.values(&name("in_proj"))?;
+        let output = name("scan");
+        for c in self.rows.of(e, self.layer) {
+            let mut h = vec![0.0; n];
+            let mut sizes = vec![0.0; n];
+            for (t, [_, b, into]) in parts.iter().enumerate() {
+                let step = delta[t * e + c] + dt_bias.map_or(0.0, |bias| f64::from(bias[c]));
+                let step = if step > 20.0 { step } else { step.exp().ln_1p() };
+                let u = u[t * e + c];
+                let mut y = f64::from(skip[c]) * u;
+                let mut size = y.abs();
+                for s in 0..n {
+                    let decay = (-f64::from(a_log[c * n + s]).exp() * step).exp();
+                    h[s] = decay * h[s] + step * b[s] * u;
+                    sizes[s] = decay * sizes[s] + (step * b[s] * u).abs();
+                    y += into[s] * h[s];
+                    size += (into[s] * sizes[s]).abs();
+                }
+                let gate = silu(xz[t * 2 * e + e + c]);
+                self.same(&a_log_name, &output, t * e + c, y * gate, size * gate.abs())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn silu(x: f64) -> f64 {
+    x / (1.0 + (-x).exp())
+}
+
+/// A model whose parts are not those of the reference.
+fn missing(name: &str) -> Error {
+    Error::SelfCheck {
+        tensor: name.into(),
+        place: "the pass".into(),
+        expected: f64::NAN,
+        found: f64::NAN,
+    }
+}

@@ -1,0 +1,139 @@
+//! The check of a model where it runs: sound models pass, damaged weights and wrong kernels are named.
+
+use std::time::Instant;
+
+use elapid_infer::{Error, Rows, SelfCheck};
+use elapid_models::{LanguageModel, MambaConfig, NormKind};
+use elapid_tensor::{DType, Tensor};
+
+/// Random small models with and without biases, tied or not, with either norm, with norms inside the mixer.
+fn models() -> Vec<LanguageModel> {
+    let plain = MambaConfig::bytes(24, 2);
+    let other = MambaConfig {
+        bias: true,
+        norm: NormKind::Layer,
+        tie_embeddings: false,
+        dt_rank: Some(3),
+        ..plain.clone()
+    };
+    let falcon = MambaConfig { mixer_rms_eps: Some(1e-6), ..plain.clone() };
+    [plain, other, falcon].iter().map(|config| LanguageModel::new(config, 3).unwrap()).collect()
+}
+
+fn names(model: &mut LanguageModel) -> Vec<String> {
+    let mut names = Vec::new();
+    model
+        .visit(&mut |parameter| {
+            names.push(parameter.name);
+            Ok(())
+        })
+        .unwrap();
+    names
+}
+
+/// Changes one value of a weight.
+fn change(model: &mut LanguageModel, name: &str, index: usize, new: impl Fn(f32) -> f32) {
+    model
+        .visit(&mut |parameter| {
+            if parameter.name == name {
+                let mut values = parameter.tensor.to_vec::<f32>()?;
+                let index = index % values.len();
+                values[index] = new(values[index]);
+                *parameter.tensor = Tensor::from_slice(&values, parameter.tensor.shape())?;
+            }
+            Ok(())
+        })
+        .unwrap();
+}
+
+#[test]
+fn sound_models_pass() {
+    for mut model in models() {
+        let check = SelfCheck::of(&mut model).unwrap();
+        let all = check.check(&mut model, Rows::All).unwrap();
+        let some = check.check(&mut model, Rows::Sampled(2)).unwrap();
+        assert!(some.values > 0 && some.values < all.values, "{some:?} {all:?}");
+        assert!(all.worst < 1.0, "{all:?}");
+    }
+}
+
+#[test]
+fn a_flipped_bit_in_any_weight_is_named() {
+    for mut model in models() {
+        let check = SelfCheck::of(&mut model).unwrap();
+        for name in names(&mut model) {
+            // The row of a token that is read, and the highest bit of the exponent.
+            let index = if name.contains("embeddings") { 127 * 24 } else { 5 };
+            let flip = |value: f32| f32::from_bits(value.to_bits() ^ (1 << 30));
+            change(&mut model, &name, index, flip);
+            match check.check(&mut model, Rows::All) {
+                Err(Error::SelfCheck { tensor, .. }) => assert_eq!(tensor, name),
+                other => panic!("{name}: {other:?}"),
+            }
+            change(&mut model, &name, index, flip);
+            check.check(&mut model, Rows::All).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_weight_that_is_no_number_is_named() {
+    for mut model in models() {
+        for name in names(&mut model) {
+            let check = SelfCheck::of(&mut model).unwrap();
+            let index = if name.contains("embeddings") { 127 * 24 } else { 3 };
+            let mut before = f32::NAN;
+            model
+                .visit(&mut |parameter| {
+                    if parameter.name == name {
+                        let values = parameter.tensor.to_vec::<f32>()?;
+                        before = values[index % values.len()];
+                    }
+                    Ok(())
+                })
+                .unwrap();
+            change(&mut model, &name, index, |_| f32::NAN);
+            let error = check.check(&mut model, Rows::All).unwrap_err();
+            assert!(
+                matches!(&error, Error::SelfCheck { tensor, .. } if *tensor == name),
+                "{name}: {error}"
+            );
+            change(&mut model, &name, index, |_| before);
+        }
+    }
+}
+
+#[test]
+fn a_wrong_kernel_is_found_in_a_sample_of_rows() {
+    for mut model in models() {
+        let check = SelfCheck::of(&mut model).unwrap();
+        let trace = check.trace(&model).unwrap();
+        check.compare(&trace, DType::F32, Rows::AT_LOAD).unwrap();
+        for (activation, values) in &trace {
+            // As if its kernel gave results a thousandth too large.
+            let mut wrong = trace.clone();
+            wrong.insert(activation.clone(), values.iter().map(|value| value * 1.001).collect());
+            match check.compare(&wrong, DType::F32, Rows::AT_LOAD) {
+                Err(Error::SelfCheck { place, .. }) => {
+                    assert!(place.starts_with(activation.as_str()), "{place} is not {activation}");
+                }
+                other => panic!("{activation}: {other:?}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn the_check_is_a_small_part_of_loading() {
+    let config = MambaConfig { vocab_size: 2000, ..MambaConfig::bytes(256, 6) };
+    let started = Instant::now();
+    let mut model = LanguageModel::new(&config, 1).unwrap();
+    let made = started.elapsed();
+    let started = Instant::now();
+    let check = SelfCheck::of(&mut model).unwrap();
+    check.check(&mut model, Rows::AT_LOAD).unwrap();
+    let checked = started.elapsed();
+    println!("made in {made:?}, checked in {checked:?}");
+    // Loose, as machines are busy: it does not even take as long as drawing the weights.
+    assert!(checked < made, "{checked:?} for a model that took {made:?}");
+}
