@@ -17,7 +17,9 @@ impl GgufFile {
     /// If a key has another type than it should, or a token is of an unknown kind.
     pub fn vocabulary(&self) -> Result<Vocabulary> {
         let key = |name: &str| format!("tokenizer.ggml.{name}");
-        let text = |name: &str| Ok(self.text(&key(name))?.map(str::to_owned));
+        let text = |name: &str| -> Result<Option<String>> {
+            Ok(self.text(&key(name))?.map(str::to_owned))
+        };
         let texts = |name: &str| -> Result<Vec<String>> {
             let found = self.value(&key(name), "an array of texts", Value::as_texts)?;
             Ok(found.unwrap_or_default().to_vec())
@@ -27,7 +29,7 @@ impl GgufFile {
                 value.as_u64().and_then(|id| u32::try_from(id).ok())
             })
         };
-        let flag = |name: &str| {
+        let flag = |name: &str| -> Result<bool> {
             Ok(self.value(&key(name), "true or false", Value::as_bool)?.unwrap_or_default())
         };
         let kinds = self.value(&key("token_type"), "an array of 1 to 6", |value| match value {
