@@ -11,7 +11,8 @@ use elapid_models::LanguageModel;
 use elapid_tensor::{DType, Device};
 
 use crate::commands::{
-    bench, completions, convert, doctor, forward, generate, inspect, pull, quickstart, train,
+    bench, completions, convert, doctor, forward, generate, inspect, pull, quantize, quickstart,
+    train,
 };
 use crate::exit::Usage;
 
@@ -164,6 +165,8 @@ pub enum Command {
     Convert(convert::Arguments),
     /// Download a model from the Hugging Face hub into the cache that its other clients use
     Pull(pull::Arguments),
+    /// Write a model with weights in blocks of few-bit integers, and say what that costs
+    Quantize(quantize::Arguments),
     /// Measure the speed of this machine, each figure beside what the machine can do at most
     Bench(bench::Arguments),
     /// Check this machine, and a model on it

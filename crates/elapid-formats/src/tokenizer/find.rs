@@ -18,11 +18,20 @@ pub const LOOKED_FOR: &str = "tokenizer.json in the model's folder, a vocabulary
 
 impl Tokenizer {
     /// The tokenizer of the model in a folder: its `tokenizer.json`; bytes for a vocabulary of 256 without
-    /// one; else none.
+    /// one; else none. Of a GGUF file: the vocabulary inside, or likewise.
     ///
     /// # Errors
     /// If there is one that cannot be used.
     pub fn find(folder: &Path, config: &MambaConfig) -> Result<Option<Self>> {
+        if folder.is_file() {
+            let file = crate::model_source::Bytes::map(folder)?;
+            if file.starts_with(&crate::gguf::MAGIC) {
+                let vocabulary = crate::gguf::GgufFile::from_bytes(folder, file)?.vocabulary()?;
+                if let Some(tokenizer) = vocabulary.tokenizer(folder)? {
+                    return Ok(Some(tokenizer));
+                }
+            }
+        }
         let path = folder.join(TOKENIZER_FILE);
         if path.exists() {
             return Self::open(&path).map(Some);

@@ -20,21 +20,24 @@ pub(super) fn nearest(x: f32) -> f32 {
 pub(super) fn affine<const MAX: u8>(x: &[f32; 32], weight: &[f32; 32]) -> (f32, f32) {
     let low = x.iter().fold(0f32, |low, &v| low.min(v));
     let high = x.iter().fold(f32::NEG_INFINITY, |high, &v| high.max(v));
-    let range = high - low;
-    if range <= 0.0 {
+    if high <= low {
         return (0.0, -low);
     }
     let max = f32::from(MAX);
-    let levels = |per_range: f32| -> [f32; 32] {
-        let inverse = per_range / range;
+    let levels = |per_range: f32, low: f32| -> [f32; 32] {
+        let inverse = per_range / (high - low);
         std::array::from_fn(|i| nearest((inverse * (x[i] - low)).clamp(0.0, max)))
     };
     let sums = Sums::new(x, weight);
 
-    let (mut scale, mut minimum) = (range / max, low);
-    let mut smallest = squared_error(x, weight, &levels(max), scale, minimum);
+    let (mut scale, mut minimum) = ((high - low) / max, low);
+    let mut smallest = squared_error(x, weight, &levels(max, low), scale, minimum);
     for step in 0..=20u8 {
-        let q = levels(max - 1.0 + 0.1 * f32::from(step));
+        if high <= minimum {
+            break;
+        }
+        // From the best minimum so far, which moves towards the one that fits.
+        let q = levels(max - 1.0 + 0.1 * f32::from(step), minimum);
         if let Some((s, m)) = sums.solve(x, weight, &q) {
             let error = squared_error(x, weight, &q, s, m);
             if error < smallest {

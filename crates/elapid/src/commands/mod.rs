@@ -8,6 +8,7 @@ pub mod forward;
 pub mod generate;
 pub mod inspect;
 pub mod pull;
+pub mod quantize;
 pub mod quickstart;
 pub mod train;
 
@@ -30,6 +31,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Inspect(arguments) => inspect::run(&arguments),
         Command::Convert(arguments) => convert::run(&arguments),
         Command::Pull(arguments) => pull::run(&arguments),
+        Command::Quantize(arguments) => quantize::run(&arguments, &cli.global),
         Command::Bench(arguments) => bench::run(&arguments, &cli.global),
         Command::Doctor(arguments) => doctor::run(&arguments, &cli.global),
         Command::Completions(arguments) => completions::run(&arguments),

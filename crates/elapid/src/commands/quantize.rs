@@ -1,0 +1,289 @@
+//! `elapid quantize`: a model with weights in blocks of few-bit integers, as a GGUF file, and what that costs.
+
+use std::io::{IsTerminal, Write};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use elapid_data::corpus::{self, CorpusOptions};
+use elapid_data::{Documents, SourceOptions};
+use elapid_eval::{Divergence, Document, Options, Progress, Tokens, kl_divergence, words};
+use elapid_formats::gguf::{Plan, WeightTypes, save_gguf, vocabulary_of};
+use elapid_formats::{ModelSource, atomic};
+use elapid_infer::ModelRunner;
+use elapid_ops::blocks::Encoding;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+
+use crate::cli::{Global, JsonArgument};
+use crate::exit::Usage;
+use crate::model_folder;
+use crate::output::{Table, bytes, grouped, print_json};
+use crate::text_of::TextOf;
+
+const EXAMPLES: &str = "\
+Examples:
+  elapid quantize mamba-130m-hf mamba-130m-q8.gguf --type q8_0
+  elapid quantize mamba-130m-hf mamba-130m-q4.gguf --type q4_k --embedding q6_k
+  elapid quantize runs/first first-q4.gguf --type q4_0 --report report.json --text book.txt
+
+Quantised are the embedding, the head and the projections (in, x, out). Convolution, Δ, A, D, biases and
+norms stay f32. Rows that are no whole number of blocks get q8_0, or f16, and are listed.
+--report runs original and quantised model over the same text: perplexity of both, and the divergence of
+their predictions (Kullback-Leibler, in nats).";
+
+/// Arguments of `elapid quantize`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Arguments {
+    /// Model to read
+    #[arg(value_name = "SRC")]
+    source: PathBuf,
+    /// GGUF file to write
+    #[arg(value_name = "DST")]
+    target: PathBuf,
+    /// Blocks of the weights: q8_0, q4_0, q4_k (or q6_k)
+    #[arg(id = "type", long = "type", value_name = "TYPE", value_parser = blocks)]
+    blocks: Encoding,
+    /// Another type for embedding and head: also q6_k, f16, bf16, f32
+    #[arg(long, value_name = "TYPE", value_parser = encoding)]
+    embedding: Option<Encoding>,
+    /// Compare with the original, and write what was found to this JSON file
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// Text to compare on: a file, folder or glob (repeatable) [default: text found on this machine]
+    #[arg(long, value_name = "FILE", requires = "report")]
+    text: Vec<PathBuf>,
+    /// Tokens of the text to compare on, at most
+    #[arg(long, value_name = "N", default_value = "16384", requires = "report", value_parser = clap::value_parser!(u64).range(2..))]
+    tokens: u64,
+    #[command(flatten)]
+    json: JsonArgument,
+}
+
+/// Quantises and compares.
+pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
+    let from = model_folder::resolve(&arguments.source)?;
+    let source = ModelSource::open(&from)?;
+    let types = WeightTypes { projections: Some(arguments.blocks), embedding: arguments.embedding };
+    let plan = Plan::new(&source, types)?;
+    for tensor in plan.fallbacks() {
+        eprintln!("note: {tensor}");
+    }
+    let started = Instant::now();
+    let bar = bar(plan.bytes(), "{bytes}/{total_bytes}");
+    let written =
+        save_gguf(&source, &plan, vocabulary_of(&source)?, &arguments.target, &mut |done| {
+            bar.set_position(done);
+        });
+    bar.finish_and_clear();
+    written?;
+    let seconds = started.elapsed().as_secs_f64();
+    let mut report = sizes(&source, &plan, arguments, seconds);
+    let parameters = source.config().parameter_count();
+    let mut table = Table::default();
+    table.row("before", bytes(plan.bytes_before()));
+    table.row(
+        "after",
+        format!(
+            "{}, {:.2} bits a weight, {:.1} % of before",
+            bytes(plan.bytes()),
+            plan.bytes() as f64 * 8.0 / parameters as f64,
+            plan.bytes() as f64 * 100.0 / plan.bytes_before() as f64
+        ),
+    );
+    if let Some(path) = &arguments.report {
+        let text = Text::read(arguments, &from, &source)?;
+        let divergence = compare(&source, &text, arguments, global)?;
+        report["text"] = json!({ "source": text.source, "tokens": text.tokens() });
+        report["comparison"] = serde_json::to_value(divergence)?;
+        atomic::write_file(path, |out| writeln!(out, "{report:#}"))?;
+        rows(&mut table, &divergence);
+        table.row("report", path.display().to_string());
+    }
+    if arguments.json.json {
+        return print_json(&report);
+    }
+    eprintln!("{} to {}", from.display(), arguments.target.display());
+    eprint!("{table}");
+    Ok(())
+}
+
+/// Sizes, as a JSON object.
+fn sizes(source: &ModelSource, plan: &Plan, arguments: &Arguments, seconds: f64) -> Value {
+    let tensors: Vec<Value> = plan
+        .tensors
+        .iter()
+        .map(|tensor| {
+            json!({
+                "name": tensor.file_name,
+                "shape": tensor.shape,
+                "from": tensor.from.name(),
+                "to": tensor.to.name(),
+                "instead_of": tensor.instead_of.map(Encoding::name),
+                "bytes": tensor.bytes,
+            })
+        })
+        .collect();
+    let parameters = source.config().parameter_count();
+    json!({
+        "source": source.path().display().to_string(),
+        "target": arguments.target.display().to_string(),
+        "type": arguments.blocks.name(),
+        "parameters": parameters,
+        "bytes_before": plan.bytes_before(),
+        "bytes": plan.bytes(),
+        "bits_per_weight": plan.bytes() as f64 * 8.0 / parameters as f64,
+        "fallbacks": plan.fallbacks().count(),
+        "seconds": seconds,
+        "tensors": tensors,
+    })
+}
+
+/// The text to compare on, cut to the tokens that are wanted.
+struct Text {
+    source: String,
+    /// One entry a document: its text, and its ids unless bytes are ids.
+    documents: Vec<(Vec<u8>, Option<Vec<u32>>)>,
+}
+
+impl Text {
+    fn read(arguments: &Arguments, from: &Path, source: &ModelSource) -> Result<Self> {
+        let text_of = TextOf::model(from, source.config(), None)?;
+        let tokenizer = text_of.tokenizer()?;
+        let (found, all) = if arguments.text.is_empty() {
+            // A token is seldom more than eight bytes.
+            let most = usize::try_from(arguments.tokens).unwrap_or(usize::MAX).saturating_mul(8);
+            let corpus = corpus::find(CorpusOptions { max_bytes: most, min_bytes: 1 << 10 })?;
+            (corpus.source.to_owned(), corpus.documents)
+        } else {
+            let names: Vec<String> =
+                arguments.text.iter().map(|path| path.display().to_string()).collect();
+            (names.join(", "), Documents::load(&SourceOptions::new(&arguments.text))?)
+        };
+        let mut left = usize::try_from(arguments.tokens).unwrap_or(usize::MAX);
+        let mut documents = Vec::new();
+        for (index, text) in all.iter().enumerate() {
+            if left < 2 {
+                break;
+            }
+            if tokenizer.is_bytes() {
+                let text = &text[..text.len().min(left)];
+                left -= text.len();
+                documents.push((text.to_vec(), None));
+                continue;
+            }
+            // No more text than could be wanted; cut where a character ends.
+            let text = &text[..text.len().min(left.saturating_mul(8))];
+            let mut ids = tokenizer
+                .encode_bytes(text, false)
+                .with_context(|| format!("document {index} of {found}"))?;
+            ids.truncate(left);
+            left -= ids.len();
+            documents.push((text.to_vec(), Some(ids)));
+        }
+        let text = Self { source: found, documents };
+        if text.tokens() < 2 {
+            let message = format!("--text: {}: expected two tokens at least", text.source);
+            return Err(Usage::new(message).into());
+        }
+        Ok(text)
+    }
+
+    fn tokens(&self) -> usize {
+        self.documents.iter().map(|(text, ids)| ids.as_ref().map_or(text.len(), Vec::len)).sum()
+    }
+
+    fn documents(&self) -> Vec<Document<'_>> {
+        self.documents
+            .iter()
+            .map(|(text, ids)| match ids {
+                None => Document::bytes(text),
+                Some(ids) => Document {
+                    tokens: Tokens::Ids(ids),
+                    start: None,
+                    bytes: text.len() as u64,
+                    words: words(text),
+                },
+            })
+            .collect()
+    }
+}
+
+fn compare(
+    source: &ModelSource,
+    text: &Text,
+    arguments: &Arguments,
+    global: &Global,
+) -> Result<Divergence> {
+    let placement = global.placement()?;
+    let mut original = source.load()?;
+    let mut other = ModelSource::open(&arguments.target)?.load()?;
+    placement.place(&mut original)?;
+    placement.place(&mut other)?;
+    let bar = bar(0, "{pos}/{len} tokens compared");
+    let found = kl_divergence(
+        &mut ModelRunner::new(&original),
+        &mut ModelRunner::new(&other),
+        &text.documents(),
+        &Options::default(),
+        &mut |Progress { done, all }| {
+            bar.set_length(all);
+            bar.set_position(done);
+            ControlFlow::Continue(())
+        },
+    );
+    bar.finish_and_clear();
+    Ok(found?)
+}
+
+fn rows(table: &mut Table, found: &Divergence) {
+    let (original, other) = (found.original, found.other);
+    table.row("compared on", format!("{} predictions", grouped(original.predicted)));
+    table.row(
+        "token perplexity",
+        format!(
+            "{:.4} to {:.4} ({:+.2} %)",
+            original.token_perplexity,
+            other.token_perplexity,
+            (other.token_perplexity / original.token_perplexity - 1.0) * 100.0
+        ),
+    );
+    if let (Some(before), Some(after)) = (original.bits_per_byte, other.bits_per_byte) {
+        table.row("bits per byte", format!("{before:.5} to {after:.5}"));
+    }
+    table.row(
+        "divergence",
+        format!(
+            "{:.6} nats mean, {:.6} median, {:.6} of 99 %, {:.4} largest",
+            found.mean, found.median, found.p99, found.max
+        ),
+    );
+    table.row("same best token", format!("{:.2} %", found.top1_agreement * 100.0));
+}
+
+/// A bar where a person watches.
+fn bar(length: u64, shown: &str) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template(&format!("{{bar:24.cyan/blue}} {shown}  ETA {{eta}}"))
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+        .progress_chars("━╸─");
+    ProgressBar::new(length).with_style(style)
+}
+
+fn encoding(text: &str) -> Result<Encoding, String> {
+    text.parse::<Encoding>().map_err(|error| error.to_string())
+}
+
+fn blocks(text: &str) -> Result<Encoding, String> {
+    match encoding(text)? {
+        blocks if blocks.is_quantized() => Ok(blocks),
+        other => Err(format!(
+            "{other} is no type of blocks; elapid convert --dtype {other} writes plain floats"
+        )),
+    }
+}
