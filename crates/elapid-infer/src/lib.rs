@@ -11,6 +11,7 @@ mod gpu_steps;
 mod prefill;
 mod runner;
 mod sampler;
+mod scheduler;
 mod text;
 
 pub use error::{Error, Result};
@@ -18,4 +19,5 @@ pub use forward::{Piece, forward};
 pub use generate::{Event, Finish, Generated, Generation, Options, Request, Timing, generate};
 pub use runner::{Logits, ModelRunner, Receiver, Runner};
 pub use sampler::{Sampler, Sampling};
+pub use scheduler::{Handle, Limits, Scheduler, Update};
 pub use text::{StopStrings, TextStream, Utf8Stream};
