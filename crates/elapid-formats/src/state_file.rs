@@ -1,5 +1,5 @@
 //! Files of recurrent state: safetensors with `layers.{i}.{name}` (for Mamba `conv_state` [S,E,W-1], oldest
-//! first, and `ssm_state` [S,E,N]), and in the metadata what makes the file safe to go on from:
+//! first, and `ssm_state` [S,E,N]), perhaps `logits` [S,V] that the last tokens predict, and in the metadata what makes the file safe to go on from:
 //!
 //! | key | value |
 //! |---|---|
@@ -21,12 +21,15 @@ use crate::{Error, Fingerprint, Result, atomic, state_hash};
 
 const FORMAT: &str = "elapid-state";
 const VERSION: &str = "1";
+const LOGITS: &str = "logits";
 
 /// A state as read from a file, and the model that it belongs to.
 #[derive(Debug)]
 pub struct StateFile {
     /// The state.
     pub state: State,
+    /// [S,V]: what the last token of each slot predicts, if that was saved too.
+    pub logits: Option<Tensor>,
     /// The model that it was made by.
     pub fingerprint: Fingerprint,
 }
@@ -37,7 +40,27 @@ pub struct StateFile {
 /// If a tensor is not f32 or has another number of slots, or the system refuses; an old file is then
 /// untouched.
 pub fn save_state(path: &Path, state: &State, fingerprint: &Fingerprint) -> Result<()> {
-    let (metadata, entries) = contents(path, state, fingerprint)?;
+    save_continuation(path, state, None, fingerprint)
+}
+
+/// [`save_state`] with the `logits` [S,V] that the last tokens predict, from which a text goes on without reading
+/// anything more.
+///
+/// # Errors
+/// As [`save_state`], also for the logits.
+pub fn save_continuation(
+    path: &Path,
+    state: &State,
+    logits: Option<&Tensor>,
+    fingerprint: &Fingerprint,
+) -> Result<()> {
+    let (mut metadata, mut entries) = contents(path, state, fingerprint)?;
+    if let Some(logits) = logits {
+        check_tensor(path, LOGITS, logits, state.slots())?;
+        entries.push(Entry::new(LOGITS.to_owned(), logits));
+        let sum = hex(checksum(state, Some(logits), fingerprint)?);
+        metadata.insert("checksum".into(), sum);
+    }
     atomic::write_file(path, |out| write_tensors(out, &metadata, entries))
 }
 
@@ -47,6 +70,18 @@ pub fn save_state(path: &Path, state: &State, fingerprint: &Fingerprint) -> Resu
 /// If the file is damaged, of another format or version, or the state is of another model (of other
 /// weights too, where both sides have hashed theirs).
 pub fn load_state(path: &Path, model: &LanguageModel, fingerprint: &Fingerprint) -> Result<State> {
+    Ok(load_continuation(path, model, fingerprint)?.0)
+}
+
+/// [`load_state`], and the logits [S,V] if they were saved.
+///
+/// # Errors
+/// As [`load_state`]; also if the logits are of another vocabulary.
+pub fn load_continuation(
+    path: &Path,
+    model: &LanguageModel,
+    fingerprint: &Fingerprint,
+) -> Result<(State, Option<Tensor>)> {
     let file = StateFile::read(path)?;
     let mismatch = |what, expected: String, found: String| {
         Err(Error::Mismatch { path: path.into(), what, expected, found })
@@ -64,7 +99,15 @@ pub fn load_state(path: &Path, model: &LanguageModel, fingerprint: &Fingerprint)
         return mismatch("state of a model with other weights", hex(expected), hex(found));
     }
     model.check_state(&file.state).map_err(|error| Error::format(path, error.to_string()))?;
-    Ok(file.state)
+    let width = model.config().padded_vocab_size();
+    match &file.logits {
+        Some(logits) if logits.rank() != 2 || logits.dim(1) != width => {
+            let message =
+                format!("{LOGITS}: expected {width} for each slot, found shape {}", logits.shape());
+            Err(Error::format(path, message))
+        }
+        _ => Ok((file.state, file.logits)),
+    }
 }
 
 /// Metadata and tensors of a state's file.
@@ -79,8 +122,9 @@ pub(crate) fn contents(
             return Err(Error::format(path, format!("layer {i} of the state has no tensors")));
         }
         for (name, tensor) in layer.iter() {
-            check_tensor(path, i, name, tensor, state.slots())?;
-            entries.push(Entry::new(format!("layers.{i}.{name}"), tensor));
+            let label = format!("layers.{i}.{name}");
+            check_tensor(path, &label, tensor, state.slots())?;
+            entries.push(Entry::new(label, tensor));
         }
     }
     let mut metadata = Metadata::from([
@@ -88,7 +132,7 @@ pub(crate) fn contents(
         ("version".into(), VERSION.into()),
         ("model".into(), fingerprint.config.clone()),
         ("positions".into(), serde_json::json!(state.positions).to_string()),
-        ("checksum".into(), hex(checksum(state, fingerprint)?)),
+        ("checksum".into(), hex(checksum(state, None, fingerprint)?)),
     ]);
     if let Some(weights) = fingerprint.weights {
         metadata.insert("weights".into(), hex(weights));
@@ -96,33 +140,30 @@ pub(crate) fn contents(
     Ok((metadata, entries))
 }
 
-fn checksum(state: &State, fingerprint: &Fingerprint) -> Result<u128> {
+fn checksum(state: &State, logits: Option<&Tensor>, fingerprint: &Fingerprint) -> Result<u128> {
     let mut hash = Xxh3::new();
     hash.update(&state_hash(state)?.to_le_bytes());
     hash.update(&fingerprint.config_hash().to_le_bytes());
     if let Some(weights) = fingerprint.weights {
         hash.update(&weights.to_le_bytes());
     }
+    if let Some(logits) = logits {
+        for value in logits.to_vec::<f32>()? {
+            hash.update(&value.to_le_bytes());
+        }
+    }
     Ok(hash.digest128())
 }
 
-fn check_tensor(
-    path: &Path,
-    layer: usize,
-    name: &str,
-    tensor: &Tensor,
-    slots: usize,
-) -> Result<()> {
-    let label = || format!("layers.{layer}.{name}");
+fn check_tensor(path: &Path, label: &str, tensor: &Tensor, slots: usize) -> Result<()> {
     if tensor.dtype() != DType::F32 {
         return Err(Error::format(
             path,
-            format!("{}: expected f32, found {}", label(), tensor.dtype()),
+            format!("{label}: expected f32, found {}", tensor.dtype()),
         ));
     }
     if tensor.rank() == 0 || tensor.dim(0) != slots {
-        let message =
-            format!("{}: expected {slots} slots, found shape {}", label(), tensor.shape());
+        let message = format!("{label}: expected {slots} slots, found shape {}", tensor.shape());
         return Err(Error::format(path, message));
     }
     Ok(())
@@ -176,18 +217,27 @@ impl StateFile {
         let expected = from_hex(value("checksum")?).ok_or_else(|| bad("checksum"))?;
         let fingerprint = Fingerprint { config: value("model")?.to_owned(), weights };
         let state = State { layers: read_layers(&file, positions.len())?, positions };
-        let found = checksum(&state, &fingerprint)?;
+        let logits = file
+            .names()
+            .iter()
+            .any(|name| name == LOGITS)
+            .then(|| file.tensor(LOGITS))
+            .transpose()?;
+        if let Some(logits) = &logits {
+            check_tensor(path, LOGITS, logits, state.slots())?;
+        }
+        let found = checksum(&state, logits.as_ref(), &fingerprint)?;
         if found != expected {
             return Err(mismatch("damaged: checksum", &hex(expected), &hex(found)));
         }
-        Ok(Self { state, fingerprint })
+        Ok(Self { state, logits, fingerprint })
     }
 }
 
 fn read_layers(file: &TensorFile, slots: usize) -> Result<Vec<LayerState>> {
     let path = file.path();
     let mut named: Vec<(usize, String)> = Vec::new();
-    for name in file.names() {
+    for name in file.names().into_iter().filter(|name| name != LOGITS) {
         let parts = name.strip_prefix("layers.").and_then(|rest| rest.split_once('.'));
         let Some((index, field)) = parts.and_then(|(i, f)| Some((i.parse().ok()?, f))) else {
             return Err(Error::format(path, format!("unexpected tensor {name:?}")));
@@ -203,8 +253,9 @@ fn read_layers(file: &TensorFile, slots: usize) -> Result<Vec<LayerState>> {
         if index > layers.len() {
             return Err(Error::format(path, format!("layer {} is missing", layers.len())));
         }
-        let tensor = file.tensor(&format!("layers.{index}.{field}"))?;
-        check_tensor(path, index, &field, &tensor, slots)?;
+        let label = format!("layers.{index}.{field}");
+        let tensor = file.tensor(&label)?;
+        check_tensor(path, &label, &tensor, slots)?;
         if index == layers.len() {
             layers.push(Vec::new());
         }

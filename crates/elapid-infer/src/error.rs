@@ -66,6 +66,12 @@ pub enum Error {
         /// Number of tokens of the model.
         vocabulary: usize,
     },
+    /// As many requests wait as may.
+    #[error("{limit} requests are waiting, which is the limit: try again once some have ended")]
+    QueueFull {
+        /// Requests that may wait.
+        limit: usize,
+    },
     /// The model's output cannot be sampled from.
     #[error(
         "the logit of token {token} at position {position} is {value}: the model's weights or state are damaged"

@@ -12,6 +12,7 @@ mod gpu_steps;
 mod prefill;
 mod runner;
 mod sampler;
+mod scheduler;
 mod self_check;
 mod text;
 
@@ -21,5 +22,6 @@ pub use forward::{Piece, forward};
 pub use generate::{Event, Finish, Generated, Generation, Options, Request, Timing, generate};
 pub use runner::{Logits, ModelRunner, Receiver, Runner};
 pub use sampler::{Sampler, Sampling};
+pub use scheduler::{Handle, Limits, Scheduler, Update};
 pub use self_check::{Checked, Rows, SelfCheck, Trace};
 pub use text::{StopStrings, TextStream, Utf8Stream};

@@ -63,6 +63,56 @@ pub trait Runner {
     ) -> Result<State>;
 }
 
+impl<R: Runner + ?Sized> Runner for &mut R {
+    fn config(&self) -> &MambaConfig {
+        (**self).config()
+    }
+
+    fn fresh_state(&self, slots: usize) -> Result<State> {
+        (**self).fresh_state(slots)
+    }
+
+    fn check_state(&self, state: &State) -> Result<()> {
+        (**self).check_state(state)
+    }
+
+    fn run(
+        &mut self,
+        ids: &[u32],
+        sequences: &Sequences,
+        state: Option<State>,
+        wanted: &[usize],
+        receive: &mut Receiver<'_>,
+    ) -> Result<State> {
+        (**self).run(ids, sequences, state, wanted, receive)
+    }
+}
+
+impl<R: Runner + ?Sized> Runner for Box<R> {
+    fn config(&self) -> &MambaConfig {
+        (**self).config()
+    }
+
+    fn fresh_state(&self, slots: usize) -> Result<State> {
+        (**self).fresh_state(slots)
+    }
+
+    fn check_state(&self, state: &State) -> Result<()> {
+        (**self).check_state(state)
+    }
+
+    fn run(
+        &mut self,
+        ids: &[u32],
+        sequences: &Sequences,
+        state: Option<State>,
+        wanted: &[usize],
+        receive: &mut Receiver<'_>,
+    ) -> Result<State> {
+        (**self).run(ids, sequences, state, wanted, receive)
+    }
+}
+
 /// Checks the arguments of [`Runner::run`] that do not depend on the model.
 pub(crate) fn check_wanted(ids: &[u32], sequences: &Sequences, wanted: &[usize]) -> Result<()> {
     let refuse = |name, expected, found| Err(Error::Option { name, expected, found });

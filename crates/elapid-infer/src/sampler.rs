@@ -106,6 +106,11 @@ impl Sampler {
         Ok(Self { sampling: sampling.clone(), vocabulary, candidates: Vec::new() })
     }
 
+    /// Samples otherwise from now on, with options that were found valid.
+    pub(crate) fn set(&mut self, sampling: &Sampling) {
+        self.sampling.clone_from(sampling);
+    }
+
     /// The token that follows `history`, from its `logits` `[V]`; `id` and `position` key the draw.
     ///
     /// # Errors

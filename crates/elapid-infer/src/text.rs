@@ -4,7 +4,11 @@
 //! Bytes pass through [`StopStrings`] first and [`Utf8Stream`] second. Both hold back what they cannot yet
 //! decide on, and what they give does not depend on how the bytes were divided among calls.
 
-use crate::{Error, Result};
+use elapid_formats::Tokenizer;
+use elapid_formats::tokenizer::Detokenizer;
+use elapid_models::MambaConfig;
+
+use crate::{Error, Options, Result};
 
 /// Bytes to text: an incomplete character waits for its rest; bytes that cannot be part of one become
 /// U+FFFD as soon as that is clear.
@@ -129,6 +133,52 @@ impl TextStream {
         let mut clear = Vec::new();
         self.stops.finish(&mut clear);
         self.utf8.push(&clear) + &self.utf8.finish()
+    }
+}
+
+/// Tokens to text up to a stop string.
+#[derive(Debug, Clone)]
+pub(crate) struct TokenText {
+    /// None if tokens give no text, and at the end.
+    detokenizer: Option<Detokenizer>,
+    stream: TextStream,
+}
+
+impl TokenText {
+    /// The text of the tokens of a model that follow `before`.
+    ///
+    /// # Errors
+    /// If a stop string is empty, or there are some but tokens give no text.
+    pub fn new(options: &Options, config: &MambaConfig, before: &[u32]) -> Result<Self> {
+        let bytes = config.vocab_size == 256;
+        let tokenizer = options.tokenizer.clone().or(bytes.then(Tokenizer::bytes));
+        if !options.stop.is_empty() && tokenizer.is_none() {
+            return Err(Error::Option {
+                name: "stop",
+                expected: "none, as without a tokenizer there is no text",
+                found: format!("{:?} for {} tokens", options.stop, config.vocab_size),
+            });
+        }
+        let detokenizer = tokenizer.map(|tokenizer| tokenizer.detokenizer(before));
+        Ok(Self { detokenizer, stream: TextStream::new(&options.stop)? })
+    }
+
+    /// The text that may be shown now, and whether a stop string is complete.
+    pub fn push(&mut self, token: u32) -> (String, bool) {
+        let mut bytes = Vec::new();
+        if let Some(detokenizer) = &mut self.detokenizer {
+            detokenizer.push(token, &mut bytes);
+        }
+        self.stream.push(&bytes)
+    }
+
+    /// The end of the text: all that was held back. After a stop string nothing follows.
+    pub fn finish(&mut self, stopped: bool) -> String {
+        let mut bytes = Vec::new();
+        if let Some(detokenizer) = self.detokenizer.take().as_mut().filter(|_| !stopped) {
+            detokenizer.finish(&mut bytes);
+        }
+        self.stream.push(&bytes).0 + &self.stream.finish()
     }
 }
 

@@ -18,7 +18,7 @@ fn silent(_: Event<'_>) -> ControlFlow<()> {
 }
 
 fn request(prompt: &str, id: u64) -> Request {
-    Request { prompt: prompt.bytes().map(u32::from).collect(), id, state: None }
+    Request { prompt: prompt.bytes().map(u32::from).collect(), id, ..Request::default() }
 }
 
 fn all(model: &LanguageModel, requests: &[Request], options: &Options) -> Vec<Generated> {
@@ -103,6 +103,7 @@ fn going_on_from_a_state_is_one_run() {
         prompt: vec![*first.tokens.last().unwrap()],
         id: 7,
         state: Some(first.state.clone()),
+        ..Request::default()
     };
     let second = all(&model, std::slice::from_ref(&next), &options(14)).remove(0);
     assert_eq!(whole.tokens, [first.tokens, second.tokens].concat());

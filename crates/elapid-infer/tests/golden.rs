@@ -102,7 +102,7 @@ fn greedy_continuations() {
             .map(|prompt| Request {
                 prompt: ids(&expected, &format!("prompt{prompt}.input_ids")),
                 id: prompt,
-                state: None,
+                ..Request::default()
             })
             .collect();
         let options =

@@ -121,6 +121,28 @@ impl State {
         Ok(())
     }
 
+    /// Puts the only slot of another state of this model into a slot of this one; the others stay where they are.
+    ///
+    /// # Errors
+    /// If there is no such slot, or the other has more slots, or other layers, names or shapes.
+    pub fn set_slot(&mut self, slot: usize, from: &State) -> Result<()> {
+        if slot >= self.slots() || from.slots() != 1 {
+            let message = format!("slot {slot} of {} from {} slots", self.slots(), from.slots());
+            return Err(Error::State(message));
+        }
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            for (name, tensor) in &mut layer.tensors {
+                let other = from.layers.get(index).and_then(|layer| layer.get(name));
+                let Some(other) = other else {
+                    return Err(Error::State(format!("layer {index} lacks {name:?}")));
+                };
+                tensor.overwrite_rows(slot, &other.to(tensor.device())?)?;
+            }
+        }
+        self.positions[slot] = from.positions[0];
+        Ok(())
+    }
+
     /// A state whose slot `i` is this one's slot `slots[i]`: forks, reorders and selects.
     ///
     /// # Errors
@@ -173,5 +195,43 @@ impl State {
         }
         let positions = states.iter().flat_map(|state| state.positions.iter().copied()).collect();
         Ok(Self { layers, positions })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use elapid_tensor::cuda::Gpu;
+
+    fn state(slots: usize, first: f32) -> State {
+        let values: Vec<f32> = (0..slots * 6).map(|i| first + i as f32).collect();
+        let tensor = Tensor::from_slice(&values, [slots, 2, 3]).unwrap();
+        let layer = LayerState::new([("ssm_state".into(), tensor)]);
+        State { layers: vec![layer], positions: vec![first as u64; slots] }
+    }
+
+    #[test]
+    fn a_slot_is_set_and_the_others_stay() {
+        let mut devices = vec![Device::Cpu];
+        match Gpu::emulated() {
+            Ok(gpu) => devices.push(Device::Cuda(gpu.id())),
+            Err(error) => eprintln!("SKIPPED: states on the emulation: {error}"),
+        }
+        for device in devices {
+            let mut all = state(3, 0.0).to(device).unwrap();
+            let shared = all.clone();
+            all.set_slot(1, &state(1, 100.0)).unwrap();
+            let values = all.layers[0].get("ssm_state").unwrap().to_vec::<f32>().unwrap();
+            let expected: Vec<f32> = (0..18u8)
+                .map(|i| f32::from(if (6..12).contains(&i) { i + 94 } else { i }))
+                .collect();
+            assert_eq!(values, expected);
+            assert_eq!(all.positions, [0, 100, 0]);
+            // Who shared the tensors keeps the old values.
+            let values = shared.layers[0].get("ssm_state").unwrap().to_vec::<f32>().unwrap();
+            assert_eq!(values, (0..18u8).map(f32::from).collect::<Vec<_>>());
+            assert!(all.set_slot(3, &state(1, 0.0)).is_err());
+            assert!(all.set_slot(0, &state(2, 0.0)).is_err());
+        }
     }
 }

@@ -208,6 +208,37 @@ impl Tensor {
         Ok(())
     }
 
+    /// Takes over the values of a tensor of the same type and device into the rows from `start` on, in place if nobody
+    /// shares the storage.
+    ///
+    /// # Errors
+    /// If there are no such rows, or the other axes, the type or the device differ.
+    pub fn overwrite_rows(&mut self, start: usize, values: &Tensor) -> Result<()> {
+        const OP: &str = "overwrite_rows";
+        values.expect_dtype(OP, "values", self.dtype)?;
+        values.expect_device(OP, "values", self.device())?;
+        let rows = values.shape().first().copied().unwrap_or(1);
+        let expected: Vec<usize> =
+            std::iter::once(rows).chain(self.shape.iter().skip(1).copied()).collect();
+        values.expect_shape(OP, "values", &expected)?;
+        self.narrowed(0, start, rows)?;
+        if self.device() == Device::Cpu {
+            let values = values.contiguous()?;
+            let width: usize = self.shape.iter().skip(1).product();
+            with_element!(self.dtype, T => {
+                let own = &mut self.data_mut::<T>()?[start * width..][..rows * width];
+                own.copy_from_slice(values.data::<T>()?);
+            });
+            return Ok(());
+        }
+        // Makes the storage this tensor's alone.
+        self.device_address_mut()?;
+        let place = self.narrowed(0, start, rows)?;
+        // SAFETY: the storage was this tensor's alone, and the rows lie within it.
+        unsafe { copy::copy(self.device_block()?.gpu(), &values.layout()?, &place.layout()?)? };
+        Ok(())
+    }
+
     /// True if both are the same view of the same storage.
     pub fn is_same(&self, other: &Tensor) -> bool {
         Arc::ptr_eq(&self.storage, &other.storage)

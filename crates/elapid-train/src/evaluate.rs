@@ -1,5 +1,7 @@
 //! Validation: mean cross-entropy over held-out bytes, accuracy on synthetic tasks.
 
+use std::ops::ControlFlow;
+
 use elapid_data::{Batch, IGNORE, Validation};
 use elapid_models::{Context, LanguageModel, State};
 use elapid_ops::gather::select_rows;
@@ -32,15 +34,16 @@ impl Evaluation {
     }
 }
 
-/// Cross-entropy over the held-out windows, each from a fresh state.
+/// Cross-entropy over the held-out windows, each from a fresh state. `progress` is told the share done after each
+/// batch and may stop the work, which then gives none.
 ///
 /// # Errors
-/// Those of the model; `progress` is told the share done after each batch.
+/// Those of the model.
 pub fn evaluate_bytes(
     model: &LanguageModel,
     validation: &Validation,
-    progress: &mut dyn FnMut(f64),
-) -> Result<Evaluation> {
+    progress: &mut dyn FnMut(f64) -> ControlFlow<()>,
+) -> Result<Option<Evaluation>> {
     let (mut sum, mut predicted) = (0.0, 0u64);
     let all = validation.predicted().max(1);
     for batch in validation.batches() {
@@ -49,20 +52,22 @@ pub fn evaluate_bytes(
         let (losses, _) = model.losses(&ids, &batch.targets, &batch.sequences, None)?;
         sum += losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
         predicted += batch.predicted as u64;
-        progress(predicted as f64 / all as f64);
+        if progress(predicted as f64 / all as f64).is_break() {
+            return Ok(None);
+        }
     }
-    Ok(Evaluation { loss: sum / predicted.max(1) as f64, predicted, accuracy: Vec::new() })
+    Ok(Some(Evaluation { loss: sum / predicted.max(1) as f64, predicted, accuracy: Vec::new() }))
 }
 
-/// Accuracy on fresh samples of a synthetic task at each of its lengths.
+/// Accuracy on fresh samples of a synthetic task at each of its lengths. `progress` as in [`evaluate_bytes`].
 ///
 /// # Errors
 /// Those of the model.
 pub fn evaluate_synthetic(
     model: &LanguageModel,
     task: &Synthetic,
-    progress: &mut dyn FnMut(f64),
-) -> Result<Evaluation> {
+    progress: &mut dyn FnMut(f64) -> ControlFlow<()>,
+) -> Result<Option<Evaluation>> {
     let (mut sum, mut predicted) = (0.0, 0u64);
     let mut accuracy = Vec::new();
     let lengths = task.lengths();
@@ -82,12 +87,14 @@ pub fn evaluate_synthetic(
             left -= count;
             first += 1;
             done += count * length;
-            progress(done as f64 / all.max(1) as f64);
+            if progress(done as f64 / all.max(1) as f64).is_break() {
+                return Ok(None);
+            }
         }
         predicted += answers as u64;
         accuracy.push((length, right as f64 / answers.max(1) as f64));
     }
-    Ok(Evaluation { loss: sum / predicted.max(1) as f64, predicted, accuracy })
+    Ok(Some(Evaluation { loss: sum / predicted.max(1) as f64, predicted, accuracy }))
 }
 
 struct Score {

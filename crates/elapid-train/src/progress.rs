@@ -87,6 +87,13 @@ impl Progress {
         }
     }
 
+    /// Shows how much of a validation is done, on a bar; plain lines do not wait for it.
+    pub fn validating(&mut self, share: f64) {
+        if let Display::Bar(bar) = &self.display {
+            bar.set_message(format!("validating {:.0} %", share * 100.0));
+        }
+    }
+
     /// Shows a line that stays, such as a validation or a saved checkpoint, above the bar.
     pub fn note(&mut self, text: &str) {
         match &mut self.display {
@@ -302,10 +309,12 @@ mod tests {
         let display = Display::Bar(bar(target, 10, 0));
         let mut progress = Progress { display, steps: 10, first_step: 0, started: Instant::now() };
         progress.update(&status(5));
+        progress.validating(0.25);
         progress.note("checkpoint saved");
         progress.finish();
         let text = captured.text();
         assert!(text.contains("5/10  loss 1.5000  2.164 bits/byte"), "{text}");
+        assert!(text.contains("5/10  validating 25 %"), "{text}");
         assert!(text.contains("checkpoint saved"), "{text}");
     }
 

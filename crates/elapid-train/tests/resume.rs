@@ -3,9 +3,10 @@
 mod run;
 
 use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use elapid_train::Dataset;
-use elapid_train::trainer::Trainer;
+use elapid_train::trainer::{Hooks, Trainer};
 use run::*;
 
 /// One run at a stretch, one stopped after steps 1, 4, 5 and 8, one that lost its newest checkpoints.
@@ -47,6 +48,52 @@ fn check(overrides: &[&str]) {
 #[test]
 fn plain() {
     check(&[]);
+}
+
+#[test]
+fn stopped_in_the_middle_of_a_validation() {
+    let folder = Folder::new();
+    run(&folder.config("whole", &[])).unwrap();
+    let config = folder.config("parts", &[]);
+    // Told to stop, a run makes a step; validations are at 4, 8 and, being the last step, 9.
+    let part = |told: bool| {
+        let dataset = Dataset::open(&config).unwrap();
+        let mut trainer = match config.train.out.exists() {
+            false => Trainer::start(config.clone(), dataset).unwrap(),
+            true => Trainer::resume(config.clone(), dataset, &mut |w| panic!("{w}")).unwrap(),
+        };
+        let stop = AtomicBool::new(told);
+        let outcome = trainer.run(&mut Hooks { stop: Some(&stop), ..Hooks::default() }).unwrap();
+        let records = metrics(&config.train.out);
+        let validations = records.iter().filter(|record| record["kind"] == "validation").count();
+        (outcome.step, outcome.interrupted, validations)
+    };
+    for step in 1..=4 {
+        assert_eq!(part(true), (step, true, 0));
+    }
+    // The validation is due, and put off again.
+    assert_eq!(part(true), (4, true, 0));
+    let mut longer = config.clone();
+    longer.train.sample_every = 1;
+    // Goes on with the validation, and up to step 8, whose sample tells it to stop.
+    let stop = AtomicBool::new(false);
+    let mut step = 4;
+    let mut hooks = Hooks {
+        stop: Some(&stop),
+        sample: Some(Box::new(|_, _| {
+            step += 1;
+            stop.store(step == 8, Ordering::Relaxed);
+            String::new()
+        })),
+        ..Hooks::default()
+    };
+    let dataset = Dataset::open(&longer).unwrap();
+    let mut trainer = Trainer::resume(longer, dataset, &mut |w| panic!("{w}")).unwrap();
+    assert_eq!(trainer.run(&mut hooks).unwrap().step, 8);
+    drop(hooks);
+    assert_eq!(part(true), (9, true, 2));
+    assert_eq!(part(false), (9, false, 3));
+    assert_equal(&folder.path("parts"), &folder.path("whole"));
 }
 
 #[test]

@@ -10,7 +10,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // Random weights here; `elapid::formats::hf::load_model(folder)` reads a trained model.
     let model = LanguageModel::new(&MambaConfig::bytes(64, 2), 0)?;
     let read = |prompt: &str, state, max_tokens, seed| {
-        let request = Request { prompt: prompt.bytes().map(u32::from).collect(), state, id: 0 };
+        let request = Request {
+            prompt: prompt.bytes().map(u32::from).collect(),
+            state,
+            ..Request::default()
+        };
         let sampling = Sampling { seed, ..Sampling::default() };
         let options = Options { sampling, max_tokens, ..Options::default() };
         generate(&mut ModelRunner::new(&model), &[request], &options, &mut |_| {

@@ -11,8 +11,8 @@ use elapid_models::LanguageModel;
 use elapid_tensor::{DType, Device};
 
 use crate::commands::{
-    bench, completions, convert, doctor, forward, generate, inspect, pull, quantize, quickstart,
-    train,
+    bench, completions, convert, doctor, eval, forward, generate, inspect, pull, quantize,
+    quickstart, train,
 };
 use crate::exit::Usage;
 
@@ -24,6 +24,7 @@ Examples:
   elapid inspect runs/first                          what a folder or file holds
   elapid generate --model runs/first --prompt 'The ' continue a text
   elapid pull state-spaces/mamba-130m-hf             a model from the Hugging Face hub
+  elapid eval --model runs/first --perplexity book.txt   how well it predicts
   elapid generate --help                             all options of a command
 
 Exit codes: 0 done, 1 the work failed, 2 the call was wrong.
@@ -157,6 +158,8 @@ pub enum Command {
     Train(train::Arguments),
     /// Continue a text (or token ids) with a model
     Generate(generate::Arguments),
+    /// Measure how well a model predicts a text
+    Eval(eval::Arguments),
     /// Write the logits and states of given tokens to a file
     Forward(forward::Arguments),
     /// Show what a model folder, checkpoint, state file or file of tensors holds

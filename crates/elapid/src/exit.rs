@@ -86,6 +86,10 @@ fn code(error: &anyhow::Error) -> u8 {
                         | elapid_infer::Error::Token { .. }
                 )
             )
+            || matches!(
+                cause.downcast_ref(),
+                Some(elapid_eval::Error::Option { .. } | elapid_eval::Error::Token { .. })
+            )
     });
     if wrong_call { 2 } else { 1 }
 }

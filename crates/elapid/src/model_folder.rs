@@ -51,11 +51,19 @@ pub fn resolve(path: &Path) -> Result<PathBuf> {
     }
     for root in [path.to_path_buf(), path.join(CHECKPOINTS)] {
         let store = Store::new(&root, 1);
-        if let Some(step) = store.best() {
-            return Ok(store.folder(step));
+        let best = store.best().map(|step| store.folder(step));
+        if let Some(best) = &best {
+            match Checkpoint::open(best) {
+                Ok(_) => return Ok(best.clone()),
+                Err(error) => eprintln!(
+                    "warning: the best checkpoint is damaged, the newest is taken instead: {error}"
+                ),
+            }
         }
         let latest = store.latest()?;
-        for (folder, error) in &latest.skipped {
+        for (folder, error) in
+            latest.skipped.iter().filter(|(folder, _)| Some(folder) != best.as_ref())
+        {
             eprintln!("warning: {} is skipped: {error}", folder.display());
         }
         if let Some(checkpoint) = latest.checkpoint {

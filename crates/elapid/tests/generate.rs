@@ -106,14 +106,25 @@ fn a_saved_state_goes_on_as_if_never_interrupted() {
     let rest = run(&["--prompt", " a time", "-n", "30", "--state-in", "half.state"]);
     assert_eq!(tokens(&whole), tokens(&rest));
 
-    // Interrupted in the middle of generating: what comes next is given as the prompt.
+    // Interrupted in the middle of generating, or right after the prompt: it goes on by itself.
     let first = run(&["--prompt", "Once upon a time", "-n", "10", "--state-out", "ten.state"]);
     assert_eq!(tokens(&first), tokens(&whole)[..10]);
+    let rest = run(&["-n", "20", "--state-in", "ten.state"]);
+    assert_eq!(tokens(&rest), tokens(&whole)[10..]);
+    assert_eq!(rest["prompt_tokens"], 0);
+    run(&["--prompt", "Once upon a time", "-n", "0", "--state-out", "read.state"]);
+    let all = run(&["-n", "30", "--state-in", "read.state"]);
+    assert_eq!(tokens(&all), tokens(&whole));
+    // What comes next may also be given.
     let next = tokens(&whole)[10].to_string();
     let rest = run(&["--tokens", &next, "-n", "19", "--state-in", "ten.state"]);
     assert_eq!(tokens(&rest), tokens(&whole)[11..]);
 
-    program.run(&generate(&["--state-in", "ten.state"])).fails(2, &["--prompt"]);
+    // A state without logits needs something to go on with.
+    program.write("ids.json", "[72, 101]");
+    let forward = ["forward", "--model", "model", "--tokens", "ids.json", "--out", "l.safetensors"];
+    program.run(&[&forward[..], &["--state-out", "bare.state"]].concat()).ok();
+    program.run(&generate(&["--state-in", "bare.state"])).fails(2, &["bare.state", "--prompt"]);
     let damaged = {
         let mut bytes = std::fs::read(program.path("ten.state")).unwrap();
         let last = bytes.len() - 9;
@@ -228,4 +239,81 @@ fn a_tokenizer_may_lie_elsewhere() {
     call("none.json").fails(1, &["none.json"]);
     program.write("words/tokenizer.json", "{\"model\": 3}");
     call("words").fails(1, &["tokenizer.json", "no usable tokenizer"]);
+}
+
+/// The lines of JSON, by their index.
+fn lines(text: &str) -> Vec<serde_json::Value> {
+    let mut lines: Vec<serde_json::Value> =
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    lines.sort_by_key(|line| line["index"].as_u64());
+    lines
+}
+
+#[test]
+fn many_prompts_get_what_each_gets_alone() {
+    let program = Program::with_model();
+    program.write("prompts.txt", "The snake\n\nx\nOnce upon a time there was\n");
+    let call = ["-n", "25", "--temperature", "0"];
+    let text = program.run(&generate(&[&["--prompts", "prompts.txt"], &call[..]].concat())).ok();
+    let found = lines(&text);
+    assert_eq!(found.len(), 3);
+    for (line, prompt) in found.iter().zip(["The snake", "x", "Once upon a time there was"]) {
+        let alone = program.run(&generate(&[&["--prompt", prompt], &call[..]].concat())).ok();
+        assert_eq!(line["text"], alone);
+        assert_eq!(
+            (&line["finish"], &line["prompt_tokens"]),
+            (&"length".into(), &prompt.len().into())
+        );
+    }
+    // A small batch, standard input, and options of their own.
+    let json = r#"{"prompt": "The snake", "max_tokens": 3}
+        {"tokens": [120], "temperature": 0.9, "seed": 5, "id": 0, "max_tokens": 40}
+        {"prompt": "y", "stop": ["e", "o", "a", "i"], "seed": 1, "temperature": 1.0, "max_tokens": 500}"#;
+    let call = ["--prompts", "-", "--jsonl", "--batch", "2", "-n", "25", "--temperature", "0"];
+    let text = program.run_with(json.as_bytes(), &generate(&call)).ok();
+    let own = lines(&text);
+    assert_eq!(
+        own[0]["tokens"].as_array().unwrap()[..],
+        found[0]["tokens"].as_array().unwrap()[..3]
+    );
+    let call = ["--prompt", "x", "-n", "40", "--temperature", "0.9", "--seed", "5"];
+    assert_eq!(own[1]["text"], program.run(&generate(&call)).ok());
+    assert_eq!(own[1]["seed"], 5);
+    // In the order of their ends.
+    let first: serde_json::Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+    assert_eq!(first, own[0]);
+    assert_eq!(own[2]["finish"], "stop");
+}
+
+#[test]
+fn wrong_lines_are_named_and_those_before_them_run() {
+    let program = Program::with_model();
+    let run = |name: &str, content: &str| {
+        program.write(name, content);
+        program.run(&generate(&["--prompts", name, "-n", "2"]))
+    };
+    let outcome = run("a.jsonl", "{\"prompt\": \"a\"}\n{\"promt\": \"b\"}\n");
+    assert_eq!(lines(&outcome.out).len(), 1);
+    outcome.fails(2, &["a.jsonl, line 2", "promt"]);
+    run("b.jsonl", "{\"prompt\": \"a\", \"tokens\": [1]}").fails(2, &["line 1", "either"]);
+    run("c.jsonl", "{\"tokens\": [256]}").fails(2, &["prompt 0", "token 256"]);
+    run("d.jsonl", "{\"prompt\": \"a\", \"top_p\": 2}").fails(2, &["top_p"]);
+    program.run(&generate(&["--prompts", "none.txt"])).fails(1, &["none.txt"]);
+    let both = ["--prompts", "a.jsonl", "--prompt", "x"];
+    program.run(&generate(&both)).fails(2, &["--prompt"]);
+    assert_eq!(run("empty.txt", "\n").ok(), "");
+}
+
+#[test]
+fn samples_of_a_prompt_differ_and_the_first_is_the_usual_one() {
+    let program = Program::with_model();
+    let call = ["--prompt", "Once upon", "-n", "20", "--seed", "3"];
+    let usual = program.run(&generate(&call)).ok();
+    let samples = program.run(&generate(&[&call[..], &["--samples", "3"]].concat())).ok();
+    let samples = lines(&samples);
+    assert_eq!(samples.len(), 3);
+    assert_eq!(samples[0]["text"], usual);
+    assert_ne!(samples[0]["text"], samples[1]["text"]);
+    assert_ne!(samples[1]["text"], samples[2]["text"]);
+    assert_eq!(samples[2]["prompt_tokens"], 9);
 }

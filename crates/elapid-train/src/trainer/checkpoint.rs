@@ -52,6 +52,9 @@ pub struct RunProgress {
     pub best: Option<Best>,
     /// The last validation.
     pub evaluation: Option<Evaluation>,
+    /// The validation of this step was interrupted, and is to be made when the run goes on.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub validation_due: bool,
     /// Running average of the gradient norm.
     pub norm_average: f64,
     /// Gradient norms in that average.

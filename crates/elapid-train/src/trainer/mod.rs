@@ -53,6 +53,8 @@ pub struct Trainer {
     seconds: f64,
     best: Option<checkpoint::Best>,
     last_evaluation: Option<Evaluation>,
+    /// The last step's validation was interrupted.
+    validation_due: bool,
     /// The newest checkpoint.
     checkpoint: Option<PathBuf>,
     /// The last step after which the model was seen to give a finite loss.
@@ -62,7 +64,7 @@ pub struct Trainer {
 /// What a run does with the world around it.
 #[derive(Default)]
 pub struct Hooks<'a> {
-    /// Set by a signal handler: the run saves after the current step and returns.
+    /// Set by a signal handler: the run saves after the current step, or in a validation, and returns.
     pub stop: Option<&'a AtomicBool>,
     /// Makes a sample of so many tokens, to be shown on the way.
     #[allow(clippy::type_complexity)]
@@ -129,6 +131,7 @@ impl Trainer {
             seconds: 0.0,
             best: None,
             last_evaluation: None,
+            validation_due: false,
             checkpoint: None,
             sound_at: 0,
         })
@@ -165,6 +168,7 @@ impl Trainer {
             seconds: progress.seconds,
             best: progress.best,
             last_evaluation: progress.evaluation,
+            validation_due: progress.validation_due,
             checkpoint: Some(found.path),
             sound_at: progress.step,
         })
@@ -196,7 +200,7 @@ impl Trainer {
     /// # Errors
     /// Divergence (the last good checkpoint stays, and is named), or a file that cannot be written.
     pub fn run(&mut self, hooks: &mut Hooks<'_>) -> Result<Outcome> {
-        if self.step >= self.schedule.steps {
+        if self.step >= self.schedule.steps && !self.validation_due {
             return Ok(self.outcome(false));
         }
         let mut live = self.open(hooks.quiet)?;
@@ -260,6 +264,15 @@ impl Trainer {
     fn steps_of(&mut self, live: &mut Live, hooks: &mut Hooks<'_>) -> Result<bool> {
         let every = |interval: u64, step: u64| interval > 0 && step.is_multiple_of(interval);
         let train = self.config.train.clone();
+        if self.validation_due {
+            let best = self.validate(live, hooks.stop)?;
+            if self.validation_due {
+                return Ok(true);
+            }
+            if self.step >= self.schedule.steps || (best && train.keep_best) {
+                self.conclude(live, hooks)?;
+            }
+        }
         while self.step < self.schedule.steps {
             let started = Instant::now();
             let mut batches = Vec::with_capacity(train.accumulation);
@@ -289,7 +302,7 @@ impl Trainer {
             let mut save = last || every(train.checkpoint_every, self.step);
             if last || every(train.validation_every, self.step) {
                 self.check_sound(&batches)?;
-                save |= self.validate(live)? && train.keep_best;
+                save |= self.validate(live, hooks.stop)? && train.keep_best;
             }
             if every(train.sample_every, self.step)
                 && let Some(sample) = &mut hooks.sample
@@ -300,17 +313,23 @@ impl Trainer {
             let stop = hooks.stop.is_some_and(|stop| stop.load(Ordering::Relaxed));
             if save || stop {
                 self.check_sound(&batches)?;
-                live.metrics.sync()?;
-                self.save(live)?;
-                if self.config.log.plot {
-                    self.plot(hooks)?;
-                }
+                self.conclude(live, hooks)?;
             }
-            if stop && !last {
+            if stop && (!last || self.validation_due) {
                 return Ok(true);
             }
         }
         Ok(false)
+    }
+
+    /// Saves a checkpoint and all records up to it.
+    fn conclude(&mut self, live: &mut Live, hooks: &Hooks<'_>) -> Result<()> {
+        live.metrics.sync()?;
+        self.save(live)?;
+        if self.config.log.plot {
+            self.plot(hooks)?;
+        }
+        Ok(())
     }
 
     /// Refuses to go on with a model that the last update broke, so that a checkpoint is always one to go
@@ -339,6 +358,7 @@ impl Trainer {
             place: self.place.clone().unwrap_or(Value::Null),
             best: self.best,
             evaluation: self.last_evaluation.clone(),
+            validation_due: self.validation_due,
             norm_average: self.watch.average,
             norms_seen: self.watch.seen,
         };

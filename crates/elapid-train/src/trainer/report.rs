@@ -1,5 +1,7 @@
 //! What a run tells: its records, validations and plot.
 
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::checkpoint::Best;
@@ -66,10 +68,19 @@ impl Trainer {
         }
     }
 
-    /// Validates, shows and writes down the result; true if it is the best so far.
-    pub(super) fn validate(&mut self, live: &mut Live) -> Result<bool> {
+    /// Validates, shows and writes down the result; true if it is the best so far. Told to stop, it leaves the
+    /// validation to the resumed run.
+    pub(super) fn validate(&mut self, live: &mut Live, stop: Option<&AtomicBool>) -> Result<bool> {
         let started = Instant::now();
-        let Some(evaluation) = self.evaluate(&mut |_| {})? else { return Ok(false) };
+        let mut stopped = false;
+        let progress = &mut live.progress;
+        let evaluation = self.evaluate(&mut |share| {
+            progress.validating(share);
+            stopped = share < 1.0 && stop.is_some_and(|stop| stop.load(Ordering::Relaxed));
+            if stopped { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })?;
+        self.validation_due = stopped;
+        let Some(evaluation) = evaluation else { return Ok(false) };
         let loss = evaluation.loss;
         if !loss.is_finite() {
             let found = self.first_bad_in_validation()?;
@@ -114,17 +125,21 @@ impl Trainer {
         Ok(None)
     }
 
-    /// Validates the model as it is; none if nothing is held out. `progress` is told the share done.
+    /// Validates the model as it is; none if nothing is held out. `progress` is told the share done, and may stop the
+    /// work, which then gives none.
     ///
     /// # Errors
     /// Those of the model.
-    pub fn evaluate(&self, progress: &mut dyn FnMut(f64)) -> Result<Option<Evaluation>> {
+    pub fn evaluate(
+        &self,
+        progress: &mut dyn FnMut(f64) -> ControlFlow<()>,
+    ) -> Result<Option<Evaluation>> {
         match &self.dataset {
             Dataset::Bytes { validation: None, .. } => Ok(None),
             Dataset::Bytes { validation: Some(validation), .. } => {
-                evaluate_bytes(&self.model, validation, progress).map(Some)
+                evaluate_bytes(&self.model, validation, progress)
             }
-            Dataset::Synthetic(task) => evaluate_synthetic(&self.model, task, progress).map(Some),
+            Dataset::Synthetic(task) => evaluate_synthetic(&self.model, task, progress),
         }
     }
 

@@ -1,17 +1,21 @@
-//! `elapid generate`: continues a text, or token ids, with a model.
+//! `elapid generate`: continues a text, or token ids, with a model; or many of them at once.
+
+mod many;
 
 use std::fs;
 use std::io::{self, IsTerminal, Read, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use clap::{ArgGroup, Args};
-use elapid_formats::{Fingerprint, load_state, save_state};
+use elapid_formats::{Fingerprint, load_continuation, save_continuation};
 use elapid_infer::{
     Event, Finish, Generated, ModelRunner, Options, Request, Sampling, Timing, forward, generate,
 };
 use elapid_models::{LanguageModel, State};
+use elapid_tensor::{Device, Tensor};
 use serde::Serialize;
 
 use crate::cli::{Global, JsonArgument, ModelArgument, Placement};
@@ -30,15 +34,22 @@ Examples:
   elapid generate --model mamba-130m-hf --tokens 510,5347,273 --seed 1 --json
   elapid generate --model runs/first --prompt 'Chapter 1' --state-out chapter.state
   elapid generate --model runs/first --state-in chapter.state --prompt ' and then'
+  elapid generate --model runs/first --state-in chapter.state        goes on where it ended
+  elapid generate --model runs/first --prompts prompts.jsonl --batch 16 > texts.jsonl
+  elapid generate --model runs/first --prompt 'The ' --samples 4
 
 Text needs a tokenizer: the model's tokenizer.json or GGUF vocabulary, or the one of --tokenizer; a
 model of 256 tokens reads and writes bytes. Without one, --tokens gives ids and ids are printed.
 A text ends at the model's end-of-sequence token (generation_config.json, config.json, tokenizer).
+--prompts: a prompt a line, or (.jsonl, --jsonl) an object a line with \"prompt\" or \"tokens\", and as it
+likes max_tokens, stop, id, seed, temperature, top_k, top_p, min_p, repetition_penalty and
+repetition_window. Each gets what it would get alone with its index (or id) among the draws' keys;
+its line of JSON is printed as soon as it has ended.
 Sampling: repetition penalty, temperature, top-k, top-p, min-p, in this order.";
 
 /// Arguments of `elapid generate`.
 #[derive(Debug, Args)]
-#[command(after_help = EXAMPLES, group = ArgGroup::new("input").args(["prompt", "prompt_file", "tokens"]))]
+#[command(after_help = EXAMPLES, group = ArgGroup::new("input").args(["prompt", "prompt_file", "tokens", "prompts"]))]
 pub struct Arguments {
     #[command(flatten)]
     model: ModelArgument,
@@ -51,6 +62,18 @@ pub struct Arguments {
     /// Token ids to continue, separated by commas
     #[arg(long, value_name = "IDS", value_delimiter = ',')]
     tokens: Option<Vec<u32>>,
+    /// File with many prompts, one a line; - for standard input. Prints a line of JSON for each
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["state_in", "state_out", "samples", "json"])]
+    prompts: Option<PathBuf>,
+    /// The lines of --prompts are JSON objects, whatever the file's name
+    #[arg(long, requires = "prompts")]
+    jsonl: bool,
+    /// Continue the prompt in K ways, which reads it once. Prints a line of JSON for each
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..), conflicts_with_all = ["state_out", "json"])]
+    samples: Option<u32>,
+    /// Sequences that run at once, with --prompts and --samples
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
+    batch: u16,
     /// Tokens to generate at most; 0 only reads the prompt
     #[arg(long, short = 'n', value_name = "N", default_value_t = 256)]
     max_tokens: usize,
@@ -147,22 +170,45 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     let placement = global.placement()?;
     let (mut model, folder) = model_folder::load(&arguments.model.model)?;
     let text = TextOf::model(&folder, model.config(), arguments.tokenizer.as_deref())?;
-    let prompt = prompt(arguments, &text)?;
     options.tokenizer = text.tokenizer.clone();
     if !arguments.ignore_eos {
         options.end_of_sequence = text.end_of_sequence.clone();
     }
     let with_text = text.tokenizer.is_some();
+    if let Some(path) = &arguments.prompts {
+        placement.place(&mut model)?;
+        let json =
+            arguments.jsonl || path.extension().is_some_and(|extension| extension == "jsonl");
+        let encode = |prompt: &str| encode(prompt.as_bytes(), &text, true);
+        let jobs = many::jobs(path, json, &options, encode)?;
+        return run_many(arguments, &model, with_text, &placement, jobs);
+    }
+    let prompt = prompt(arguments, &text)?;
     let fingerprint = match (&arguments.state_in, &arguments.state_out) {
         (None, None) => None,
         _ => Some(Fingerprint::of_model(&mut model)?),
     };
     placement.place(&mut model)?;
-    let state = match (&arguments.state_in, &fingerprint) {
-        (Some(path), Some(fingerprint)) => Some(read_state(path, &model, fingerprint)?),
-        _ => None,
+    let (state, logits) = match (&arguments.state_in, &fingerprint) {
+        (Some(path), Some(fingerprint)) => {
+            let (state, logits) = read_state(path, &model, fingerprint)?;
+            if prompt.is_empty() && logits.is_none() {
+                return Err(Usage::new(format!(
+                    "{} does not say what its last token predicts (elapid generate --state-out writes \
+                     that): give what follows with --prompt, --prompt-file or --tokens",
+                    path.display()
+                ))
+                .into());
+            }
+            (Some(state), logits)
+        }
+        _ => (None, None),
     };
-    let request = Request { prompt, id: 0, state };
+    let request = Request { prompt, state, logits, ..Request::default() };
+    if let Some(samples) = arguments.samples {
+        let jobs = forks(&model, &request, &options, samples)?;
+        return run_many(arguments, &model, with_text, &placement, jobs.into_iter().map(Ok));
+    }
 
     let mut writer = (!arguments.json.json).then(|| Writer::new(with_text));
     let outcome = generate(
@@ -182,8 +228,9 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
         return Ok(());
     };
     if let (Some(path), Some(fingerprint)) = (&arguments.state_out, &fingerprint) {
-        let state = state_after(&model, generated)?;
-        save_state(path, &state, fingerprint).context("the state was not saved")?;
+        let (state, logits) = state_after(&model, generated)?;
+        save_continuation(path, &state, logits.as_ref(), fingerprint)
+            .context("the state was not saved")?;
     }
     let seed = options.sampling.seed;
     if arguments.json.json {
@@ -212,7 +259,6 @@ fn prompt(arguments: &Arguments, text: &TextOf) -> Result<Vec<u32>> {
     if let Some(ids) = &arguments.tokens {
         return Ok(ids.clone());
     }
-    let tokenizer = text.tokenizer()?;
     let bytes = match (&arguments.prompt, &arguments.prompt_file) {
         (Some(text), _) => text.clone().into_bytes(),
         (None, Some(path)) if path.as_os_str() == "-" => {
@@ -223,25 +269,81 @@ fn prompt(arguments: &Arguments, text: &TextOf) -> Result<Vec<u32>> {
         (None, Some(path)) => {
             fs::read(path).with_context(|| format!("cannot read {}", path.display()))?
         }
-        (None, None) if arguments.state_in.is_some() => {
-            return Err(Usage::new(
-                "--state-in needs something to go on with: the state has read all text so far, \
-                 give what follows with --prompt, --prompt-file or --tokens",
-            )
-            .into());
-        }
+        // Goes on from what the state's last token predicts.
+        (None, None) if arguments.state_in.is_some() => return Ok(Vec::new()),
         (None, None) => b"\n".to_vec(),
     };
     // Marks around a whole text do not belong in the middle of one.
-    let ids = tokenizer.encode_bytes(&bytes, arguments.state_in.is_none())?;
+    encode(&bytes, text, arguments.state_in.is_none())
+}
+
+/// The tokens of a prompt; with `whole`, and the marks that the tokenizer puts around a text.
+fn encode(bytes: &[u8], text: &TextOf, whole: bool) -> Result<Vec<u32>> {
+    let ids = text.tokenizer()?.encode_bytes(bytes, whole)?;
     if ids.is_empty() {
         return Err(Usage::new("the prompt is empty: at least one byte is needed").into());
     }
     Ok(ids)
 }
 
-fn read_state(path: &Path, model: &LanguageModel, fingerprint: &Fingerprint) -> Result<State> {
-    let state = load_state(path, model, fingerprint)?;
+/// Runs many, and says how fast it was.
+fn run_many(
+    arguments: &Arguments,
+    model: &LanguageModel,
+    with_text: bool,
+    placement: &Placement,
+    jobs: impl Iterator<Item = Result<many::Job>>,
+) -> Result<()> {
+    let batch = usize::from(arguments.batch);
+    let timing = many::run(&mut ModelRunner::new(model), batch, with_text, jobs)?;
+    let _ = writeln!(
+        io::stderr(),
+        "read {} tokens at {} tokens/s · made {} more at {} tokens/s · {}",
+        grouped(timing.prefill_tokens as u64),
+        rate(timing.prefill_rate()),
+        grouped(timing.decode_tokens as u64),
+        rate(timing.decode_rate()),
+        placement.device
+    );
+    Ok(())
+}
+
+/// Several continuations of a prompt that is read once.
+fn forks(
+    model: &LanguageModel,
+    request: &Request,
+    options: &Options,
+    samples: u32,
+) -> Result<Vec<many::Job>> {
+    let only_read = Options { max_tokens: 0, ..options.clone() };
+    let go_on = &mut |_: Event<'_>| ControlFlow::Continue(());
+    let read =
+        generate(&mut ModelRunner::new(model), std::slice::from_ref(request), &only_read, go_on)
+            .map_err(as_option)?;
+    let job = |generated: &Generated, id| many::Job {
+        request: Request {
+            history: request.prompt.clone(),
+            prompt: Vec::new(),
+            id,
+            state: Some(generated.state.clone()),
+            logits: generated.logits.clone(),
+        },
+        options: options.clone(),
+        prompt_tokens: request.prompt.len(),
+    };
+    let read = read.sequences.first();
+    Ok(read
+        .map(|read| (0..u64::from(samples)).map(|id| job(read, id)).collect())
+        .unwrap_or_default())
+}
+
+/// The state, and what its last token predicts, if the file has it.
+fn read_state(
+    path: &Path,
+    model: &LanguageModel,
+    fingerprint: &Fingerprint,
+) -> Result<(State, Option<Arc<[f32]>>)> {
+    let (state, logits) = load_continuation(path, model, fingerprint)?;
     if state.slots() != 1 {
         return Err(Usage::new(format!(
             "{} holds the states of {} sequences, generate continues one",
@@ -250,19 +352,27 @@ fn read_state(path: &Path, model: &LanguageModel, fingerprint: &Fingerprint) -> 
         ))
         .into());
     }
-    Ok(state)
+    let logits = logits.map(|logits| logits.to_vec::<f32>()).transpose()?;
+    Ok((state, logits.map(Arc::from)))
 }
 
-/// The state that has read the last token too.
-fn state_after(model: &LanguageModel, generated: &Generated) -> Result<State> {
-    match generated.tokens.last() {
-        None => Ok(generated.state.clone()),
+/// The state that has read the last token too, and what that token predicts [1, V].
+fn state_after(model: &LanguageModel, generated: &Generated) -> Result<(State, Option<Tensor>)> {
+    let (state, logits) = match generated.tokens.last() {
+        None => (generated.state.clone(), generated.logits.as_ref().map(|logits| logits.to_vec())),
         Some(&last) => {
             let mut runner = ModelRunner::new(model);
             let state = Some(generated.state.clone());
-            forward(&mut runner, &[vec![last]], state, 1, |_| Ok::<_, anyhow::Error>(()))
+            let mut logits = Vec::new();
+            let state = forward(&mut runner, &[vec![last]], state, 1, |piece| {
+                logits.extend_from_slice(piece.logits);
+                Ok::<_, anyhow::Error>(())
+            })?;
+            (state, Some(logits))
         }
-    }
+    };
+    let logits = logits.map(|logits| Tensor::from_slice(&logits, [1, logits.len()])).transpose()?;
+    Ok((state.to(Device::Cpu)?, logits))
 }
 
 /// Streams to standard output.

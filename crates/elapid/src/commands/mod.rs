@@ -4,6 +4,7 @@ pub mod bench;
 pub mod completions;
 pub mod convert;
 pub mod doctor;
+pub mod eval;
 pub mod forward;
 pub mod generate;
 pub mod inspect;
@@ -27,6 +28,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Quickstart(arguments) => quickstart::run(&arguments, &cli.global),
         Command::Train(arguments) => train::run(&arguments, &cli.global),
         Command::Generate(arguments) => generate::run(&arguments, &cli.global),
+        Command::Eval(arguments) => eval::run(&arguments, &cli.global),
         Command::Forward(arguments) => forward::run(&arguments, &cli.global),
         Command::Inspect(arguments) => inspect::run(&arguments),
         Command::Convert(arguments) => convert::run(&arguments),

@@ -77,7 +77,7 @@ pub fn run(bench: &mut Bench, decode: bool, prefill: bool) -> Result<Inference> 
             max_tokens: new + 1,
             ..Options::default()
         };
-        let request = Request { prompt: vec![1], id: 0, state: Some(state.clone()) };
+        let request = Request { prompt: vec![1], state: Some(state.clone()), ..Request::default() };
         let requests = std::slice::from_ref(&request);
         let mut runner = ModelRunner::new(&model);
         time(bench, task, || {
