@@ -79,6 +79,7 @@ fn golden_logits_states_and_greedy_tokens() {
             prompt: ids(&expected, &format!("prompt{prompt}.input_ids")),
             id: prompt,
             state: None,
+            ..Request::default()
         })
         .collect();
     let options = Options { sampling: Sampling::greedy(), max_tokens: 32, ..Options::default() };
@@ -201,6 +202,7 @@ fn decoding_a_batch_is_decoding_one_by_one() {
                 prompt: tokens(i, 1 + 3 * i as usize),
                 id: u64::from(i),
                 state: None,
+                ..Request::default()
             })
             .collect();
         let sampling = Sampling { seed: 4, ..Sampling::default() };

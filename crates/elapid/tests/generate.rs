@@ -317,3 +317,22 @@ fn samples_of_a_prompt_differ_and_the_first_is_the_usual_one() {
     assert_ne!(samples[1]["text"], samples[2]["text"]);
     assert_eq!(samples[2]["prompt_tokens"], 9);
 }
+
+#[test]
+fn weights_of_few_bits_run_on_the_decode_engine() {
+    let program = Program::with_model();
+    let call = ["--prompt", "The ", "-n", "30", "--seed", "1", "--device", "cpu", "--json"];
+    let exact = program.run(&generate(&call)).json();
+    for weights in ["f32", "bf16", "q8_0"] {
+        let report = program.run(&generate(&[&call[..], &["--weights", weights]].concat())).json();
+        assert_eq!(report["tokens"].as_array().unwrap().len(), 30);
+        assert_eq!(report["dtype"], weights);
+        if weights == "f32" {
+            assert_eq!(report["tokens"], exact["tokens"]);
+        }
+        let threads = [&call[..], &["--weights", weights, "--threads", "1"]].concat();
+        assert_eq!(program.run(&generate(&threads)).json()["tokens"], report["tokens"]);
+    }
+    let refused = program.run(&generate(&["--weights", "q3_0", "--prompt", "x"]));
+    assert!(refused.err.contains("q3_0") && refused.err.contains("q8_0"), "{}", refused.err);
+}

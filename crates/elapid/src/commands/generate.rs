@@ -12,9 +12,11 @@ use anyhow::{Context, Result};
 use clap::{ArgGroup, Args};
 use elapid_formats::{Fingerprint, load_continuation, save_continuation};
 use elapid_infer::{
-    Event, Finish, Generated, ModelRunner, Options, Request, Sampling, Timing, forward, generate,
+    CpuEngine, Event, Finish, Generated, ModelRunner, Options, Request, Runner, Sampling, Timing,
+    forward, generate,
 };
 use elapid_models::{LanguageModel, State};
+use elapid_ops::blocks::Encoding;
 use elapid_tensor::{Device, Tensor};
 use serde::Serialize;
 
@@ -37,6 +39,7 @@ Examples:
   elapid generate --model runs/first --state-in chapter.state        goes on where it ended
   elapid generate --model runs/first --prompts prompts.jsonl --batch 16 > texts.jsonl
   elapid generate --model runs/first --prompt 'The ' --samples 4
+  elapid generate --model mamba-130m-hf --prompt 'Mamba is the' --weights q8_0
 
 Text needs a tokenizer: the model's tokenizer.json or GGUF vocabulary, or the one of --tokenizer; a
 model of 256 tokens reads and writes bytes. Without one, --tokens gives ids and ids are printed.
@@ -86,6 +89,10 @@ pub struct Arguments {
     /// tokenizer.json, a folder with one, or OWNER/NAME on the hub, instead of the model's own
     #[arg(long, value_name = "PATH")]
     tokenizer: Option<PathBuf>,
+    /// On the CPU, hold projections and embedding so and run the decode engine over them: f32, bf16, f16, q8_0, q4_0,
+    /// q4_k, q6_k
+    #[arg(long, value_name = "TYPE", help_heading = "Machine", value_parser = encoding)]
+    weights: Option<Encoding>,
     /// Go on from this state
     #[arg(long, value_name = "FILE", help_heading = "State")]
     state_in: Option<PathBuf>,
@@ -168,6 +175,13 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     elapid_infer::StopStrings::new(&options.stop).map_err(as_option)?;
 
     let placement = global.placement()?;
+    if arguments.weights.is_some() && placement.device != Device::Cpu {
+        let message = format!(
+            "--weights is for the CPU, the model would run on {}: add --device cpu",
+            placement.device
+        );
+        return Err(Usage::new(message).into());
+    }
     let (mut model, folder) = model_folder::load(&arguments.model.model)?;
     let text = TextOf::model(&folder, model.config(), arguments.tokenizer.as_deref())?;
     options.tokenizer = text.tokenizer.clone();
@@ -177,11 +191,12 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     let with_text = text.tokenizer.is_some();
     if let Some(path) = &arguments.prompts {
         placement.place(&mut model)?;
+        let mut ready = Ready::new(&mut model, arguments.weights)?;
         let json =
             arguments.jsonl || path.extension().is_some_and(|extension| extension == "jsonl");
         let encode = |prompt: &str| encode(prompt.as_bytes(), &text, true);
         let jobs = many::jobs(path, json, &options, encode)?;
-        return run_many(arguments, &model, with_text, &placement, jobs);
+        return run_many(arguments, ready.runner(), with_text, &placement, jobs);
     }
     let prompt = prompt(arguments, &text)?;
     let fingerprint = match (&arguments.state_in, &arguments.state_out) {
@@ -205,21 +220,25 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
         _ => (None, None),
     };
     let request = Request { prompt, state, logits, ..Request::default() };
+    let mut ready = Ready::new(&mut model, arguments.weights)?;
+    let dtype = ready.dtype(&placement);
+    let runner = ready.runner();
     if let Some(samples) = arguments.samples {
-        let jobs = forks(&model, &request, &options, samples)?;
-        return run_many(arguments, &model, with_text, &placement, jobs.into_iter().map(Ok));
+        let jobs = forks(runner, &request, &options, samples)?;
+        return run_many(arguments, runner, with_text, &placement, jobs.into_iter().map(Ok));
     }
 
     let mut writer = (!arguments.json.json).then(|| Writer::new(with_text));
-    let outcome = generate(
-        &mut ModelRunner::new(&model),
-        std::slice::from_ref(&request),
-        &options,
-        &mut |event| match &mut writer {
-            Some(writer) => writer.write(event),
-            None => ControlFlow::Continue(()),
-        },
-    );
+    let outcome =
+        generate(
+            runner,
+            std::slice::from_ref(&request),
+            &options,
+            &mut |event| match &mut writer {
+                Some(writer) => writer.write(event),
+                None => ControlFlow::Continue(()),
+            },
+        );
     let generation = outcome.map_err(as_option)?;
     if let Some(writer) = writer {
         writer.finish()?;
@@ -228,7 +247,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
         return Ok(());
     };
     if let (Some(path), Some(fingerprint)) = (&arguments.state_out, &fingerprint) {
-        let (state, logits) = state_after(&model, generated)?;
+        let (state, logits) = state_after(runner, generated)?;
         save_continuation(path, &state, logits.as_ref(), fingerprint)
             .context("the state was not saved")?;
     }
@@ -243,7 +262,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
             finish: generated.finish,
             seed,
             device: placement.device.to_string(),
-            dtype: placement.dtype.to_string(),
+            dtype,
             prefill_seconds: timing.prefill.as_secs_f64(),
             prefill_tokens_per_second: timing.prefill_rate(),
             decode_seconds: timing.decode.as_secs_f64(),
@@ -252,6 +271,41 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     }
     summarise(generated, &generation.timing, seed, &placement);
     Ok(())
+}
+
+/// What runs a model: itself, or the decode engine with its weights.
+enum Ready<'a> {
+    Model(Box<ModelRunner<'a>>),
+    Engine(Box<CpuEngine>),
+}
+
+impl<'a> Ready<'a> {
+    fn new(model: &'a mut LanguageModel, weights: Option<Encoding>) -> Result<Self> {
+        let Some(weights) = weights else {
+            return Ok(Self::Model(Box::new(ModelRunner::new(model))));
+        };
+        let engine = CpuEngine::from_model(model, Some(weights), rayon::current_num_threads())?;
+        Ok(Self::Engine(Box::new(engine)))
+    }
+
+    fn runner(&mut self) -> &mut dyn Runner {
+        match self {
+            Self::Model(runner) => &mut **runner,
+            Self::Engine(engine) => &mut **engine,
+        }
+    }
+
+    /// The type of products, or how weights are held.
+    fn dtype(&self, placement: &Placement) -> String {
+        match self {
+            Self::Model(_) => placement.dtype.to_string(),
+            Self::Engine(engine) => engine.encoding().to_string(),
+        }
+    }
+}
+
+fn encoding(text: &str) -> Result<Encoding, String> {
+    text.parse::<Encoding>().map_err(|error| error.to_string())
 }
 
 /// The tokens to read first.
@@ -289,13 +343,13 @@ fn encode(bytes: &[u8], text: &TextOf, whole: bool) -> Result<Vec<u32>> {
 /// Runs many, and says how fast it was.
 fn run_many(
     arguments: &Arguments,
-    model: &LanguageModel,
+    runner: &mut dyn Runner,
     with_text: bool,
     placement: &Placement,
     jobs: impl Iterator<Item = Result<many::Job>>,
 ) -> Result<()> {
     let batch = usize::from(arguments.batch);
-    let timing = many::run(&mut ModelRunner::new(model), batch, with_text, jobs)?;
+    let timing = many::run(runner, batch, with_text, jobs)?;
     let _ = writeln!(
         io::stderr(),
         "read {} tokens at {} tokens/s · made {} more at {} tokens/s · {}",
@@ -310,7 +364,7 @@ fn run_many(
 
 /// Several continuations of a prompt that is read once.
 fn forks(
-    model: &LanguageModel,
+    runner: &mut dyn Runner,
     request: &Request,
     options: &Options,
     samples: u32,
@@ -318,8 +372,7 @@ fn forks(
     let only_read = Options { max_tokens: 0, ..options.clone() };
     let go_on = &mut |_: Event<'_>| ControlFlow::Continue(());
     let read =
-        generate(&mut ModelRunner::new(model), std::slice::from_ref(request), &only_read, go_on)
-            .map_err(as_option)?;
+        generate(runner, std::slice::from_ref(request), &only_read, go_on).map_err(as_option)?;
     let job = |generated: &Generated, id| many::Job {
         request: Request {
             history: request.prompt.clone(),
@@ -357,14 +410,13 @@ fn read_state(
 }
 
 /// The state that has read the last token too, and what that token predicts [1, V].
-fn state_after(model: &LanguageModel, generated: &Generated) -> Result<(State, Option<Tensor>)> {
+fn state_after(runner: &mut dyn Runner, generated: &Generated) -> Result<(State, Option<Tensor>)> {
     let (state, logits) = match generated.tokens.last() {
         None => (generated.state.clone(), generated.logits.as_ref().map(|logits| logits.to_vec())),
         Some(&last) => {
-            let mut runner = ModelRunner::new(model);
             let state = Some(generated.state.clone());
             let mut logits = Vec::new();
-            let state = forward(&mut runner, &[vec![last]], state, 1, |piece| {
+            let state = forward(runner, &[vec![last]], state, 1, |piece| {
                 logits.extend_from_slice(piece.logits);
                 Ok::<_, anyhow::Error>(())
             })?;

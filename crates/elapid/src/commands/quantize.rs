@@ -1,6 +1,6 @@
 //! `elapid quantize`: a model with weights in blocks of few-bit integers, as a GGUF file, and what that costs.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
