@@ -91,21 +91,35 @@ fn the_last_good_checkpoint_is_kept_and_works() {
     }
 }
 
-#[test]
-fn a_bad_parameter_is_named() {
-    let folder = Folder::new();
+/// A saved model of which one parameter is overwritten.
+fn spoilt(folder: &Folder, name: &str, parameter: &str, value: f32) -> String {
     let mut model = LanguageModel::new(&MambaConfig::bytes(16, 2), 0).unwrap();
-    let bad = "backbone.layers.1.mixer.dt_proj.bias";
     model
-        .visit(&mut |parameter| {
-            if parameter.name == bad {
-                parameter.tensor.data_mut::<f32>()?[5] = f32::NAN;
+        .visit(&mut |found| {
+            if found.name == parameter {
+                found.tensor.data_mut::<f32>()?.fill(value);
             }
             Ok(())
         })
         .unwrap();
-    hf::save_model(&folder.path("model"), &mut model, DType::F32).unwrap();
-    let from = format!("model.init_from={}", folder.path("model").display());
+    hf::save_model(&folder.path(name), &mut model, DType::F32).unwrap();
+    format!("model.init_from={}", folder.path(name).display())
+}
+
+#[test]
+fn weights_that_are_not_finite_are_refused_by_name() {
+    let folder = Folder::new();
+    let bad = "backbone.layers.1.mixer.dt_proj.bias";
+    let from = spoilt(&folder, "model", bad, f32::NAN);
+    let error = run(&folder.config("run", &[&from])).unwrap_err().to_string();
+    assert!(error.contains(bad) && error.contains("NaN"), "{error}");
+}
+
+#[test]
+fn the_first_activation_that_overflows_is_named() {
+    let folder = Folder::new();
+    let bad = "backbone.layers.1.mixer.in_proj.weight";
+    let from = spoilt(&folder, "model", bad, 3e38);
     for (name, more) in [
         ("plain", "train.accumulation=1"),
         ("sum", "train.accumulation=2"),
@@ -113,8 +127,8 @@ fn a_bad_parameter_is_named() {
     ] {
         let found = diverges(&folder.config(name, &[&from, more]));
         assert_eq!((found.step, found.last_good), (1, None));
-        assert_eq!(found.first_bad, format!("parameter {bad}"));
-        assert!(found.what.contains("NaN"), "{}", found.what);
+        assert!(found.first_bad.starts_with("activation "), "{}", found.first_bad);
+        assert!(found.first_bad.contains("layers.1"), "{}", found.first_bad);
     }
 }
 

@@ -65,7 +65,7 @@ fn missing_and_damaged_models_exit_with_1_and_name_the_file() {
     let generate = |model| program.run(&["generate", "--model", model, "--prompt", "a"]);
     generate("nowhere").fails(1, &["nowhere", "No such file"]);
     program.write("note.txt", "hello");
-    generate("note.txt").fails(1, &["note.txt", "folder"]);
+    generate("note.txt").fails(1, &["note.txt", "safetensors"]);
     std::fs::create_dir(program.path("empty")).unwrap();
     generate("empty").fails(1, &["empty", "config.json"]);
 
