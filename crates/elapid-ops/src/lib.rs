@@ -3,6 +3,7 @@
 pub mod adamw;
 pub mod blocks;
 pub mod causal_conv1d;
+pub mod decode_step;
 pub mod elementwise;
 pub mod embedding;
 pub mod gather;

@@ -6,8 +6,9 @@ use std::sync::{Mutex, PoisonError};
 use cudarc::driver::result as cu;
 use cudarc::driver::sys::{
     CUcontext, CUdevice, CUdevice_attribute, CUevent, CUevent_flags, CUfunction,
-    CUfunction_attribute_enum, CUgraphExec, CUgraphInstantiate_flags, CUstream,
-    CUstreamCaptureMode, cuDriverGetVersion, cuFuncGetAttribute,
+    CUfunction_attribute_enum, CUgraphExec, CUgraphInstantiate_flags, CUlaunchAttribute,
+    CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, CUstream, CUstreamCaptureMode,
+    cuDriverGetVersion, cuFuncGetAttribute, cuLaunchKernelEx,
 };
 use cudarc::nvrtc::sys as rtc;
 
@@ -315,12 +316,13 @@ impl Card {
     }
 
     /// # Safety
-    /// As [`super::Gpu::launch`]; `arguments` points to the kernel's struct.
+    /// As [`super::Gpu::launch_chained`]; `arguments` points to the kernel's struct.
     pub(super) unsafe fn launch(
         &self,
         function: Function,
         launch: Launch,
         arguments: *const c_void,
+        chained: bool,
     ) -> Result<()> {
         let [gx, gy, gz] = launch.grid;
         let [bx, by, bz] = launch.block;
@@ -331,6 +333,31 @@ impl Card {
             self.call("cuFuncSetAttribute", || unsafe {
                 cu::function::set_function_attribute(function.0, which, launch.shared as i32)
             })?;
+        }
+        if chained {
+            let mut attribute = CUlaunchAttribute {
+                id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                pad: [0; 4],
+                value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+            };
+            let config = CUlaunchConfig {
+                gridDimX: gx,
+                gridDimY: gy,
+                gridDimZ: gz,
+                blockDimX: bx,
+                blockDimY: by,
+                blockDimZ: bz,
+                sharedMemBytes: launch.shared,
+                hStream: self.stream,
+                attrs: &mut attribute,
+                numAttrs: 1,
+            };
+            // SAFETY: one parameter, the struct, and one attribute, both read before the call returns; the rest is the
+            // caller's promise.
+            return self.call("cuLaunchKernelEx", || unsafe {
+                cuLaunchKernelEx(&config, function.0, parameters.as_mut_ptr(), std::ptr::null_mut())
+                    .result()
+            });
         }
         // SAFETY: one parameter, the struct; the rest is the caller's promise.
         self.call("cuLaunchKernel", || unsafe {

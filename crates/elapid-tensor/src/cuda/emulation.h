@@ -191,6 +191,55 @@ template <class T> T shuffle(unsigned mask, T value, unsigned source) {
     return narrow<T>(table[source]);
 }
 
+// The tensor cores' 16 x 8 x 16 product; see the prelude for who holds what.
+struct Fragment {
+    uint32_t a[4], b[2];
+};
+inline float wide(uint32_t word, int half) { return copy_bits<float>(half ? word & 0xffff0000u : word << 16); }
+inline void multiply_tile(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    Fragment own = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+    const Fragment* lanes[LANES];
+    // Where each lane's fragment lies, on its own stack.
+    const uint64_t* table = exchange(0xffffffffu, uint64_t(&own));
+    for (int lane = 0; lane < LANES; ++lane) lanes[lane] = reinterpret_cast<const Fragment*>(table[lane]);
+    int g = block().current->number % LANES / 4, t = block().current->number % 4;
+    for (int i = 0; i < 4; ++i) {
+        int row = g + i / 2 * 8, column = 2 * t + i % 2;
+        float sum = 0.0f;
+        for (int k = 0; k < 16; ++k) {
+            const Fragment& left = *lanes[row % 8 * 4 + k % 8 / 2];
+            const Fragment& right = *lanes[column * 4 + k % 8 / 2];
+            sum += wide(left.a[row / 8 + k / 8 * 2], k % 2) * wide(right.b[k / 8], k % 2);
+        }
+        c[i] += sum;
+    }
+    // Nobody's stack goes on before all have read.
+    exchange(0xffffffffu, 0);
+}
+
+inline float half_to_float(uint16_t bits) {
+    uint32_t sign = uint32_t(bits & 0x8000u) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;
+    if (exponent == 31) return copy_bits<float>(sign | 0x7f800000u | fraction << 13);
+    if (exponent == 0) {
+        float value = float(fraction) * 5.9604644775390625e-8f;
+        return sign ? -value : value;
+    }
+    return copy_bits<float>(sign | (exponent + 112) << 23 | fraction << 13);
+}
+inline uint16_t float_to_half(float value) {
+    uint32_t bits = copy_bits<uint32_t>(value);
+    uint16_t sign = uint16_t(bits >> 16 & 0x8000u);
+    float size = fabsf(value);
+    if (size != size) return sign | 0x7e00u;
+    if (size >= 65520.0f) return sign | 0x7c00u;
+    // Adding 2^k rounds to the step of a half of this size: 2^-24 at least.
+    int exponent = size < 6.103515625e-5f ? -14 : int(copy_bits<uint32_t>(size) >> 23) - 127;
+    float scaled = ldexpf(size, 10 - exponent);
+    float rounded = nearbyintf(scaled);
+    if (exponent == -14 && rounded < 1024.0f) return sign | uint16_t(rounded);
+    return sign | uint16_t((uint32_t(exponent + 15) << 10) + uint32_t(rounded) - 1024u);
+}
+
 inline void run_block() {
     Block& b = block();
     unsigned count = b.block.x * b.block.y * b.block.z;

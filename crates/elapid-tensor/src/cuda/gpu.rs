@@ -265,27 +265,63 @@ impl Gpu {
         launch: Launch,
         arguments: &A,
     ) -> Result<()> {
-        if launch.grid.contains(&0) {
-            return Ok(());
-        }
         // SAFETY: the caller's promise.
-        self.timed(|| kernel.name.clone(), || unsafe { self.carry_out(kernel, launch, arguments) })
+        unsafe { self.launch_as(kernel, launch, arguments, false) }
+    }
+
+    /// As [`Gpu::launch`], for a kernel of a chain: on cards that can (Hopper and later) it starts while the launch before it
+    /// still runs. It reads what nobody writes, and calls `wait_for_previous` before everything else.
+    ///
+    /// # Errors
+    /// As [`Gpu::launch`].
+    ///
+    /// # Safety
+    /// As [`Gpu::launch`]; and the kernel must call `wait_for_previous` as described.
+    pub unsafe fn launch_chained<A: KernelArguments>(
+        &self,
+        kernel: &Kernel,
+        launch: Launch,
+        arguments: &A,
+    ) -> Result<()> {
+        let able = self.card().is_some_and(|card| card.capability() >= (9, 0));
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_as(kernel, launch, arguments, able) }
     }
 
     /// # Safety
-    /// As [`Gpu::launch`].
+    /// As [`Gpu::launch_chained`].
+    unsafe fn launch_as<A: KernelArguments>(
+        &self,
+        kernel: &Kernel,
+        launch: Launch,
+        arguments: &A,
+        chained: bool,
+    ) -> Result<()> {
+        if launch.grid.contains(&0) {
+            return Ok(());
+        }
+        self.timed(
+            || kernel.name.clone(),
+            // SAFETY: the caller's promise.
+            || unsafe { self.carry_out(kernel, launch, arguments, chained) },
+        )
+    }
+
+    /// # Safety
+    /// As [`Gpu::launch_chained`].
     unsafe fn carry_out<A: KernelArguments>(
         &self,
         kernel: &Kernel,
         launch: Launch,
         arguments: &A,
+        chained: bool,
     ) -> Result<()> {
         let pointer = std::ptr::from_ref(arguments).cast::<c_void>();
         let turn = self.turn();
         match (self.driver(), kernel.entry) {
             // SAFETY: the struct has the kernel's layout (KernelArguments); the rest is the caller's promise.
             (Driver::Card(card), Entry::Card(function)) => unsafe {
-                card.launch(function, launch, pointer)
+                card.launch(function, launch, pointer, chained)
             },
             (Driver::Host, Entry::Host(entry)) => {
                 let size = size_of::<A>() as u32;

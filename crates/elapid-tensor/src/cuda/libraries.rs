@@ -58,6 +58,7 @@ const DRIVER: Wanted = Wanted {
         "cuFuncSetAttribute",
         "cuFuncGetAttribute",
         "cuLaunchKernel",
+        "cuLaunchKernelEx",
         "cuEventCreate",
         "cuEventRecord",
         "cuEventSynchronize",

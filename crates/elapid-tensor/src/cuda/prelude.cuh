@@ -15,6 +15,7 @@
     TYPE* NAME = reinterpret_cast<TYPE*>(dynamic_shared_bytes)
 #define ON_CARD 1
 
+typedef signed char int8_t;
 typedef unsigned char uint8_t;
 typedef unsigned short uint16_t;
 typedef unsigned int uint32_t;
@@ -73,6 +74,27 @@ template <> DEVICE bf16 from_float<bf16>(float value) {
     }
 #endif
     return result;
+}
+
+// Half precision, of which only scales of quantised weights are made.
+DEVICE float half_to_float(uint16_t bits) {
+#ifdef ON_CARD
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+#else
+    return emulation::half_to_float(bits);
+#endif
+}
+// To nearest even.
+DEVICE uint16_t float_to_half(float value) {
+#ifdef ON_CARD
+    uint16_t bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+#else
+    return emulation::float_to_half(value);
+#endif
 }
 
 // 2^x on the special-function unit: 2 ulp, subnormal results become 0.
@@ -141,6 +163,85 @@ template <class T, int COUNT> DEVICE bool packable(const T* from, int64_t stride
     return reinterpret_cast<uint64_t>(from) % (sizeof(T) * COUNT) == 0 && stride % COUNT == 0;
 }
 
+// 16 bytes that no kernel writes while this one runs, passed by the first-level cache.
+DEVICE Pack<uint32_t, 4> load_constant(const void* from) {
+    Pack<uint32_t, 4> words;
+#ifdef ON_CARD
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.at[0]), "=r"(words.at[1]), "=r"(words.at[2]), "=r"(words.at[3])
+                 : "l"(from));
+#else
+    words = *static_cast<const Pack<uint32_t, 4>*>(from);
+#endif
+    return words;
+}
+DEVICE uint32_t load_constant_word(const void* from) {
+#ifdef ON_CARD
+    uint32_t word;
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(word) : "l"(from));
+    return word;
+#else
+    return *static_cast<const uint32_t*>(from);
+#endif
+}
+
+// What an earlier kernel wrote, from the second-level cache, where all multiprocessors see the same.
+DEVICE Pack<uint32_t, 4> load_fresh_words(const void* from) {
+    Pack<uint32_t, 4> words;
+#ifdef ON_CARD
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.at[0]), "=r"(words.at[1]), "=r"(words.at[2]), "=r"(words.at[3])
+                 : "l"(from));
+#else
+    words = *static_cast<const Pack<uint32_t, 4>*>(from);
+#endif
+    return words;
+}
+DEVICE float load_fresh(const float* from) {
+#ifdef ON_CARD
+    float value;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(from));
+    return value;
+#else
+    return *from;
+#endif
+}
+DEVICE uint32_t load_fresh(const uint32_t* from) {
+#ifdef ON_CARD
+    uint32_t value;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(value) : "l"(from));
+    return value;
+#else
+    return *from;
+#endif
+}
+DEVICE bf16 load_fresh(const bf16* from) {
+#ifdef ON_CARD
+    bf16 value;
+    asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(value.bits) : "l"(from));
+    return value;
+#else
+    return *from;
+#endif
+}
+
+// ---- One kernel after another -------------------------------------------------------------------------------
+
+// Lets the next kernel of a chain start. It may read what nobody writes, and must call wait_for_previous before all else.
+DEVICE void let_next_start() {
+#if defined(ON_CARD) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Waits until every kernel before this one has ended and what it wrote is there. A kernel of a chain must call it, also
+// where it reads nothing: the one after it relies on all that came before.
+DEVICE void wait_for_previous() {
+#if defined(ON_CARD) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- Warps and blocks ---------------------------------------------------------------------------------------
 
 DEVICE int lane_id() { return threadIdx.x % WARP; }
@@ -163,4 +264,19 @@ DEVICE float block_sum(float value, float* room) {
     if (lane_id() == 0) room[warp_id()] = value;
     __syncthreads();
     return warp_sum(lane_id() < warps ? room[lane_id()] : 0.0f);
+}
+
+// c += a b for a tile of 16 x 8 sums and 16 terms each, by a whole warp, on the tensor cores. With g = lane / 4 and
+// t = lane % 4, two bf16 a word, the first in its lower half: a has rows g, g + 8, g, g + 8 and terms 2t, 2t, 2t + 8, 2t + 8;
+// b has column g and terms 2t, 2t + 8; c has rows g, g, g + 8, g + 8 and columns 2t, 2t + 1, 2t, 2t + 1. A column's sums do
+// not depend on the other columns.
+DEVICE void multiply_tile(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#ifdef ON_CARD
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    emulation::multiply_tile(c, a, b0, b1);
+#endif
 }

@@ -1,0 +1,313 @@
+//! Decode steps against the f64 reference, and the bits of a batch against those of its sequences alone.
+
+use elapid_tensor::bf16;
+use elapid_tensor::cuda::{DeviceBuffer, Gpu};
+
+use super::reference::{Layer, Model, State};
+use super::{
+    Encoding, LayerState, LayerWeights, NormWeights, Packed, Sizes, Source, Step, Weights,
+};
+use crate::testing::{gpus, random};
+
+fn plain() -> Sizes {
+    Sizes {
+        width: 48,
+        inner: 80,
+        states: 16,
+        rank: 5,
+        taps: 4,
+        classes: 70,
+        centred: false,
+        eps: 1e-5,
+        selection_eps: None,
+    }
+}
+
+/// LayerNorm, norms of the selection, sizes that fill no tile and states that no power of two divides.
+fn odd() -> Sizes {
+    Sizes {
+        width: 37,
+        inner: 74,
+        states: 6,
+        rank: 34,
+        taps: 3,
+        classes: 19,
+        centred: true,
+        eps: 1e-5,
+        selection_eps: Some(1e-6),
+    }
+}
+
+/// Rounds as the card keeps it.
+fn rounded(values: &[f32], terms: usize, encoding: Encoding) -> Vec<f32> {
+    match encoding {
+        Encoding::Bf16 => values.iter().map(|&v| bf16::from_f32(v).to_f32()).collect(),
+        Encoding::Q8 => values
+            .chunks(terms)
+            .flat_map(|row| row.chunks(32))
+            .flat_map(|block| {
+                let scale = block.iter().fold(0f32, |m, v| m.max(v.abs())) / 127.0;
+                let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+                let kept = half::f16::from_f32(scale).to_f32();
+                block.iter().map(move |v| (v * inverse).round() * kept).collect::<Vec<_>>()
+            })
+            .collect(),
+    }
+}
+
+/// A model on a GPU, and its reference with the same rounded weights.
+struct Case {
+    sizes: Sizes,
+    weights: Weights,
+    model: Model,
+}
+
+struct Maker<'a> {
+    gpu: &'a Gpu,
+    seed: u64,
+}
+
+impl Maker<'_> {
+    fn values(&mut self, len: usize, scale: f32) -> Vec<f32> {
+        self.seed += 1;
+        random(self.seed, len).iter().map(|v| v * scale).collect()
+    }
+
+    fn array(&mut self, len: usize, map: impl Fn(f32) -> f32) -> (DeviceBuffer<f32>, Vec<f64>) {
+        let values: Vec<f32> = self.values(len, 1.0).into_iter().map(map).collect();
+        (self.gpu.upload(&values).unwrap(), values.iter().map(|&v| f64::from(v)).collect())
+    }
+
+    fn matrix(
+        &mut self,
+        rows: usize,
+        terms: usize,
+        first_rows: usize,
+        encoding: Encoding,
+    ) -> (Packed, Vec<f64>) {
+        let values = self.values(rows * terms, 1.6 / (terms as f32).sqrt());
+        let buffer = self.gpu.upload(&values).unwrap();
+        let source = Source::F32(buffer.slice());
+        let packed = Packed::new(self.gpu, source, (rows, terms), first_rows, encoding).unwrap();
+        (packed, rounded(&values, terms, encoding).iter().map(|&v| f64::from(v)).collect())
+    }
+}
+
+impl Case {
+    fn new(gpu: &Gpu, sizes: Sizes, encoding: Encoding) -> Self {
+        let mut make = Maker { gpu, seed: 100 };
+        let Sizes { width: d, inner: e, states: n, rank: r, taps: w, classes: v, .. } = sizes;
+        let norm = |make: &mut Maker<'_>| {
+            let (weight, weight_values) = make.array(d, |v| 1.0 + 0.3 * v);
+            let (bias, bias_values) = make.array(d, |v| 0.2 * v);
+            let (bias, bias_values) =
+                if sizes.centred { (Some(bias), bias_values) } else { (None, vec![0.0; d]) };
+            (NormWeights { weight, bias }, [weight_values, bias_values])
+        };
+        let (embedding, embedding_values) = make.matrix(v, d, v, encoding);
+        let (mut layers, mut references) = (Vec::new(), Vec::new());
+        for _ in 0..2 {
+            let (norm, norm_values) = norm(&mut make);
+            let (input, input_values) = make.matrix(2 * e, d, e, encoding);
+            let (selection, selection_values) = make.matrix(r + 2 * n, e, r + 2 * n, encoding);
+            let (delta, delta_values) = make.matrix(e, r, e, Encoding::Bf16);
+            let (output, output_values) = make.matrix(d, e, d, encoding);
+            let (taps, taps_values) = make.array(e * w, |v| v);
+            let (input_bias, input_bias_values) = make.array(2 * e, |v| 0.3 * v);
+            let (tap_bias, tap_bias_values) = make.array(e, |v| 0.3 * v);
+            let (delta_bias, delta_bias_values) = make.array(e, |v| v - 1.0);
+            let (output_bias, output_bias_values) = make.array(d, |v| 0.3 * v);
+            let (a, a_values) = make.array(e * n, |v| -0.5 - v.abs());
+            let (d, d_values) = make.array(e, |v| v);
+            layers.push(LayerWeights {
+                norm,
+                input,
+                input_bias: Some(input_bias),
+                taps,
+                tap_bias: Some(tap_bias),
+                selection,
+                delta,
+                delta_bias: Some(delta_bias),
+                a,
+                d,
+                output,
+                output_bias: Some(output_bias),
+            });
+            references.push(Layer {
+                norm: norm_values,
+                input: input_values,
+                input_bias: input_bias_values,
+                taps: taps_values,
+                tap_bias: tap_bias_values,
+                selection: selection_values,
+                delta: delta_values,
+                delta_bias: delta_bias_values,
+                a: a_values,
+                d: d_values,
+                output: output_values,
+                output_bias: output_bias_values,
+            });
+        }
+        let (norm, norm_values) = norm(&mut make);
+        Self {
+            sizes,
+            weights: Weights { embedding, layers, norm, head: None },
+            model: Model {
+                sizes,
+                embedding: embedding_values,
+                layers: references,
+                norm: norm_values,
+            },
+        }
+    }
+
+    fn fresh(&self, gpu: &Gpu, slots: usize) -> Vec<LayerState> {
+        let fresh = || LayerState::fresh(gpu, &self.sizes, slots).unwrap();
+        self.weights.layers.iter().map(|_| fresh()).collect()
+    }
+}
+
+/// Steps of sequences in a batch; `slots[i]` is the slot of column i.
+struct Running<'a> {
+    gpu: &'a Gpu,
+    case: &'a Case,
+    step: Step,
+    states: Vec<LayerState>,
+    slots: DeviceBuffer<i32>,
+    columns: usize,
+}
+
+impl<'a> Running<'a> {
+    fn new(gpu: &'a Gpu, case: &'a Case, slots: &[i32], slot_count: usize) -> Self {
+        Self {
+            gpu,
+            case,
+            step: Step::new(gpu, &case.sizes, slots.len()).unwrap(),
+            states: case.fresh(gpu, slot_count),
+            slots: gpu.upload(slots).unwrap(),
+            columns: slots.len(),
+        }
+    }
+
+    /// Logits [columns, V].
+    fn next(&mut self, ids: &[u32]) -> Vec<f32> {
+        let ids = self.gpu.upload(ids).unwrap();
+        // SAFETY: the slots are below the number of slots and differ.
+        unsafe {
+            self.step
+                .run(&self.case.weights, &mut self.states, &ids, &self.slots, self.columns)
+                .unwrap();
+        }
+        let logits = self.step.logits().read().unwrap();
+        logits[..self.columns * self.case.sizes.classes].to_vec()
+    }
+}
+
+fn id_of(sequence: usize, step: usize, classes: usize) -> u32 {
+    ((sequence * 31 + step * 17 + 5) % classes) as u32
+}
+
+/// Norm of the difference over the norm of what is wanted.
+fn distance(got: &[f32], want: &[f64]) -> f64 {
+    assert_eq!(got.len(), want.len());
+    let squares: f64 = got.iter().zip(want).map(|(g, w)| (f64::from(*g) - w).powi(2)).sum();
+    (squares / want.iter().map(|w| w * w).sum::<f64>()).sqrt()
+}
+
+#[test]
+fn cuda_steps_follow_the_reference() {
+    for gpu in gpus() {
+        for (sizes, encoding) in
+            [(plain(), Encoding::Bf16), (plain(), Encoding::Q8), (odd(), Encoding::Bf16)]
+        {
+            let case = Case::new(&gpu, sizes, encoding);
+            let mut running = Running::new(&gpu, &case, &[2, 0, 3], 4);
+            let mut states: Vec<State> = (0..3).map(|_| case.model.fresh()).collect();
+            for step in 0..3 {
+                let ids: Vec<u32> = (0..3).map(|s| id_of(s, step, sizes.classes)).collect();
+                let logits = running.next(&ids);
+                for (s, state) in states.iter_mut().enumerate() {
+                    let want = case.model.step(ids[s] as usize, state);
+                    let got = &logits[s * sizes.classes..(s + 1) * sizes.classes];
+                    // Activations in bf16: 8 bits, some of them one after another.
+                    let off = distance(got, &want);
+                    assert!(off < 1.2e-2, "{encoding:?}, step {step}, sequence {s}: {off:e}");
+                }
+            }
+            for (layer, state) in running.states.iter().enumerate() {
+                let (tail, h) = (state.tail.read().unwrap(), state.state.read().unwrap());
+                for (sequence, slot) in [2, 0, 3].into_iter().enumerate() {
+                    let (tail_want, h_want) = &states[sequence][layer];
+                    let part = |values: &[f32], len: usize| values[slot * len..][..len].to_vec();
+                    let off = distance(&part(&tail, tail_want.len()), tail_want);
+                    assert!(off < 1.2e-2, "tail of layer {layer}: {off:e}");
+                    let off = distance(&part(&h, h_want.len()), h_want);
+                    assert!(off < 1.2e-2, "state of layer {layer}: {off:e}");
+                }
+                // Nobody's slot is left alone.
+                let inner = sizes.inner;
+                assert!(
+                    h[inner * sizes.states..][..inner * sizes.states].iter().all(|&v| v == 0.0)
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn cuda_steps_of_a_batch_have_the_bits_of_each_sequence_alone() {
+    for gpu in gpus() {
+        for encoding in [Encoding::Bf16, Encoding::Q8] {
+            let case = Case::new(&gpu, plain(), encoding);
+            let classes = case.sizes.classes;
+            let alone: Vec<Vec<Vec<f32>>> = [0usize, 9, 39]
+                .iter()
+                .map(|&sequence| {
+                    let mut running = Running::new(&gpu, &case, &[0], 1);
+                    (0..2).map(|step| running.next(&[id_of(sequence, step, classes)])).collect()
+                })
+                .collect();
+            // Each number of columns cuts the products in another way.
+            for columns in [2usize, 11, 25, 40] {
+                // One column in seven has no sequence.
+                let slots: Vec<i32> = (0..columns as i32)
+                    .map(|c| if c % 7 == 6 { -1 } else { columns as i32 - 1 - c })
+                    .collect();
+                let mut running = Running::new(&gpu, &case, &slots, columns);
+                for step in 0..2 {
+                    let ids: Vec<u32> = (0..columns).map(|s| id_of(s, step, classes)).collect();
+                    let logits = running.next(&ids);
+                    for (&sequence, alone) in [0usize, 9, 39].iter().zip(&alone) {
+                        if sequence >= columns {
+                            continue;
+                        }
+                        let got = &logits[sequence * classes..(sequence + 1) * classes];
+                        let same =
+                            got.iter().zip(&alone[step]).all(|(a, b)| a.to_bits() == b.to_bits());
+                        assert!(
+                            same,
+                            "{encoding:?}: sequence {sequence} of {columns}, step {step}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn cuda_weights_of_another_size_are_refused() {
+    for gpu in gpus() {
+        let case = Case::new(&gpu, plain(), Encoding::Bf16);
+        let wrong = Sizes { rank: 6, ..case.sizes };
+        let error = case.weights.check(&wrong).unwrap_err().to_string();
+        assert!(error.contains("x_proj") && error.contains("[38, 80]"), "{error}");
+        let mut running = Running::new(&gpu, &case, &[0], 1);
+        let ids = gpu.upload(&[1u32, 2]).unwrap();
+        // SAFETY: refused before anything is launched.
+        let outcome = unsafe {
+            running.step.run(&case.weights, &mut running.states, &ids, &running.slots, 2)
+        };
+        assert!(outcome.unwrap_err().to_string().contains("2 columns, room for 1"));
+    }
+}
