@@ -15,6 +15,11 @@ use crate::{Error, Result};
 /// Keeps the draws of sampling apart from those of initialisation and shuffling under the same seed.
 const STREAM: u64 = u64::from_be_bytes(*b"sampling");
 
+/// The key of the draws under a seed, for samplers elsewhere.
+pub(crate) fn draw_key(seed: u64) -> u64 {
+    elapid_tensor::rng::key(seed, STREAM)
+}
+
 /// How tokens are chosen. The default is the model's own distribution.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {

@@ -239,6 +239,11 @@ impl Tensor {
         Ok(())
     }
 
+    /// How many tensors share this one's storage, itself counted.
+    pub fn holders(&self) -> usize {
+        Arc::strong_count(&self.storage)
+    }
+
     /// True if both are the same view of the same storage.
     pub fn is_same(&self, other: &Tensor) -> bool {
         Arc::ptr_eq(&self.storage, &other.storage)

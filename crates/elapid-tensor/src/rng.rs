@@ -22,9 +22,14 @@ pub fn philox4x32(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
     [c0, c1, c2, c3]
 }
 
+/// The key of the draws of (seed, stream).
+pub fn key(seed: u64, stream: u64) -> u64 {
+    mix(seed ^ mix(stream))
+}
+
 /// The 128 random bits that belong to (seed, stream, id, position).
 pub fn draw(seed: u64, stream: u64, id: u64, position: u64) -> [u32; 4] {
-    let key = mix(seed ^ mix(stream));
+    let key = key(seed, stream);
     philox4x32(
         [position as u32, (position >> 32) as u32, id as u32, (id >> 32) as u32],
         [key as u32, (key >> 32) as u32],

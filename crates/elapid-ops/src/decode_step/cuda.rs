@@ -233,25 +233,26 @@ impl Step {
     /// If something has another size, or the driver refuses.
     ///
     /// # Safety
-    /// Slots must be below the states' number of slots, and no two columns may have the same one.
+    /// Slots must be below the states' number of slots, and no two columns may have the same one. The states are changed
+    /// where they are: nobody else may rely on their values.
     pub unsafe fn run(
         &self,
         weights: &Weights,
-        states: &mut [LayerState],
+        states: &[LayerState],
         ids: &DeviceBuffer<u32>,
         slots: &DeviceBuffer<i32>,
         columns: usize,
-    ) -> Result<()> {
+    ) -> elapid_tensor::Result<()> {
         weights.check(&self.sizes)?;
         if columns > self.capacity || ids.len() < columns || slots.len() < columns {
             let (ids, slots, capacity) = (ids.len(), slots.len(), self.capacity);
             let message =
                 format!("{columns} columns, room for {capacity}, {ids} ids, {slots} slots");
-            return Err(wrong(OP, message));
+            return Err(wrong(OP, message).into());
         }
         if states.len() != weights.layers.len() {
             let message = format!("{} states for {} layers", states.len(), weights.layers.len());
-            return Err(wrong(OP, message));
+            return Err(wrong(OP, message).into());
         }
         let first = weights.layers.first().map_or(&weights.norm, |layer| &layer.norm);
         self.embed(&weights.embedding, first, ids, columns)?;
@@ -269,7 +270,8 @@ impl Step {
             stride: head.rows() as i64,
         };
         // SAFETY: the logits have room for the columns; the kernel waits for the one before.
-        unsafe { self.project("decode_rows", head, columns, SHARES, &arguments) }
+        unsafe { self.project("decode_rows", head, columns, SHARES, &arguments)? };
+        Ok(())
     }
 
     /// # Safety
@@ -278,10 +280,11 @@ impl Step {
         &self,
         layer: &LayerWeights,
         next: &NormWeights,
-        state: &mut LayerState,
+        state: &LayerState,
         slots: &DeviceBuffer<i32>,
         columns: usize,
-    ) -> Result<()> {
+    ) -> elapid_tensor::Result<()> {
+        let (tail, recurrent) = state.places(&self.sizes)?;
         let Sizes { inner, rank, states, .. } = self.sizes;
         let (channels, channel_blocks) = (inner as i64, inner.div_ceil(32) as i64);
         self.norm_apart(&layer.norm, columns)?;
@@ -290,7 +293,7 @@ impl Step {
             bias: address(&layer.input_bias),
             taps: layer.taps.address(),
             tap_bias: address(&layer.tap_bias),
-            tail: state.tail.address(),
+            tail,
             slots: slots.address(),
             u: self.u.address(),
             gate: self.gate.address(),
@@ -312,7 +315,7 @@ impl Step {
             delta_bias: address(&layer.delta_bias),
             a: layer.a.address(),
             d: layer.d.address(),
-            state: state.state.address(),
+            state: recurrent,
             slots: slots.address(),
             u: self.u.address(),
             gate: self.gate.address(),
@@ -338,8 +341,9 @@ impl Step {
             self.project("decode_input", &layer.input, columns, SHARES, &input)?;
             self.project("decode_selection", &layer.selection, columns, MANY_SHARES, &selection)?;
             self.gpu.launch_chained(&self.scan_kernel()?, self.scan_launch(columns), &scan)?;
-            self.project("decode_output", &layer.output, columns, SHARES, &output)
+            self.project("decode_output", &layer.output, columns, SHARES, &output)?;
         }
+        Ok(())
     }
 
     fn scan_kernel(&self) -> Result<Kernel> {

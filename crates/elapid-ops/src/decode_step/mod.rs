@@ -21,13 +21,16 @@ mod cuda;
 mod packed;
 #[cfg(test)]
 mod reference;
+mod sample;
 #[cfg(test)]
 mod tests;
 
 use elapid_tensor::cuda::{DeviceBuffer, Gpu, Result};
+use elapid_tensor::{DType, Device, Tensor};
 
 pub use cuda::Step;
 pub use packed::{Encoding, Packed, Source};
+pub use sample::{Choice, Column, Sampled, Sampling};
 
 use crate::gpu::wrong;
 
@@ -178,13 +181,13 @@ impl Weights {
     }
 }
 
-/// The state of a layer for some slots.
+/// The state of a layer for some slots, in f32 on the GPU and without gaps.
 #[derive(Debug)]
 pub struct LayerState {
     /// The last W - 1 inputs of the convolution [slots, E, W - 1], oldest first.
-    pub tail: DeviceBuffer<f32>,
+    pub tail: Tensor,
     /// h [slots, E, N].
-    pub state: DeviceBuffer<f32>,
+    pub state: Tensor,
 }
 
 impl LayerState {
@@ -192,10 +195,20 @@ impl LayerState {
     ///
     /// # Errors
     /// If there is no memory for it.
-    pub fn fresh(gpu: &Gpu, sizes: &Sizes, slots: usize) -> Result<Self> {
-        Ok(Self {
-            tail: gpu.zeros(slots * sizes.inner * (sizes.taps - 1))?,
-            state: gpu.zeros(slots * sizes.inner * sizes.states)?,
-        })
+    pub fn fresh(gpu: &Gpu, sizes: &Sizes, slots: usize) -> elapid_tensor::Result<Self> {
+        let device = Device::Cuda(gpu.id());
+        let zeros = |last| Tensor::zeros_on(device, DType::F32, [slots, sizes.inner, last]);
+        Ok(Self { tail: zeros(sizes.taps - 1)?, state: zeros(sizes.states)? })
+    }
+
+    /// Addresses of both, and the number of slots.
+    fn places(&self, sizes: &Sizes) -> elapid_tensor::Result<(u64, u64)> {
+        let slots = self.state.shape().first().copied().unwrap_or(0);
+        self.tail.expect_shape(OP, "tail", &[slots, sizes.inner, sizes.taps - 1])?;
+        self.state.expect_shape(OP, "state", &[slots, sizes.inner, sizes.states])?;
+        Ok((
+            self.tail.device_slice::<f32>()?.address(),
+            self.state.device_slice::<f32>()?.address(),
+        ))
     }
 }

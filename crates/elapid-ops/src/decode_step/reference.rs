@@ -1,4 +1,5 @@
 //! One step of a Mamba language model in plain f64 loops (arXiv 2312.00752, section 3.4 and algorithm 2, with L = 1).
+//! What the kernels hand to one another in bf16 is rounded to it here too.
 
 use super::Sizes;
 
@@ -40,13 +41,22 @@ fn silu(x: f64) -> f64 {
     x / (1.0 + (-x).exp())
 }
 
+/// Rounded to bf16.
+fn kept(x: f64) -> f64 {
+    f64::from(elapid_tensor::bf16::from_f32(x as f32).to_f32())
+}
+
 fn norm(x: &[f64], weights: &[Vec<f64>; 2], sizes: &Sizes) -> Vec<f64> {
     let count = x.len() as f64;
     let mean = if sizes.centred { x.iter().sum::<f64>() / count } else { 0.0 };
     let square = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / count;
     let factor = 1.0 / (square + f64::from(sizes.eps)).sqrt();
     let [weight, bias] = weights;
-    (0..x.len()).map(|i| (x[i] - mean) * factor * weight[i] + bias[i]).collect()
+    match sizes.centred {
+        true => (0..x.len()).map(|i| kept((x[i] - mean) * factor * weight[i] + bias[i])).collect(),
+        // RMSNorm's factor comes after the product.
+        false => (0..x.len()).map(|i| kept(x[i] * weight[i]) * factor).collect(),
+    }
 }
 
 fn add(values: &mut [f64], terms: &[f64]) {
@@ -87,7 +97,8 @@ impl Layer {
                 let inputs: Vec<f64> = tail.iter().copied().chain([x[e]]).collect();
                 let weights = &self.taps[e * taps..(e + 1) * taps];
                 tail.copy_from_slice(&inputs[1..]);
-                silu(self.tap_bias[e] + inputs.iter().zip(weights).map(|(x, w)| x * w).sum::<f64>())
+                let sum = inputs.iter().zip(weights).map(|(x, w)| x * w).sum::<f64>();
+                kept(silu(self.tap_bias[e] + sum))
             })
             .collect();
         let mut selection = product(&self.selection, &u);
@@ -102,7 +113,8 @@ impl Layer {
         }
         let (dt, bc) = selection.split_at(rank);
         let (b, c) = bc.split_at(states);
-        let mut delta = product(&self.delta, dt);
+        let dt: Vec<f64> = dt.iter().map(|&dt| kept(dt)).collect();
+        let mut delta = product(&self.delta, &dt);
         add(&mut delta, &self.delta_bias);
         let y: Vec<f64> = (0..inner)
             .map(|e| {
@@ -113,7 +125,7 @@ impl Layer {
                     *h = (delta * self.a[e * states + n]).exp() * *h + delta * b[n] * u[e];
                     y += c[n] * *h;
                 }
-                y * silu(z[e])
+                kept(y * kept(silu(z[e])))
             })
             .collect();
         let mut y = product(&self.output, &y);

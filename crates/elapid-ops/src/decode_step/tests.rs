@@ -195,7 +195,7 @@ impl<'a> Running<'a> {
         // SAFETY: the slots are below the number of slots and differ.
         unsafe {
             self.step
-                .run(&self.case.weights, &mut self.states, &ids, &self.slots, self.columns)
+                .run(&self.case.weights, &self.states, &ids, &self.slots, self.columns)
                 .unwrap();
         }
         let logits = self.step.logits().read().unwrap();
@@ -229,22 +229,23 @@ fn cuda_steps_follow_the_reference() {
                 for (s, state) in states.iter_mut().enumerate() {
                     let want = case.model.step(ids[s] as usize, state);
                     let got = &logits[s * sizes.classes..(s + 1) * sizes.classes];
-                    // Activations in bf16: 8 bits, some of them one after another.
+                    // Some activations lie so near to the middle of two bf16 that f32 rounds them the other way.
                     let off = distance(got, &want);
-                    assert!(off < 1.2e-2, "{encoding:?}, step {step}, sequence {s}: {off:e}");
+                    assert!(off < 1e-3, "{encoding:?}, step {step}, sequence {s}: {off:e}");
                 }
             }
             for (layer, state) in running.states.iter().enumerate() {
-                let (tail, h) = (state.tail.read().unwrap(), state.state.read().unwrap());
+                let (tail, h) =
+                    (state.tail.to_vec::<f32>().unwrap(), state.state.to_vec::<f32>().unwrap());
                 for (sequence, slot) in [2, 0, 3].into_iter().enumerate() {
                     let (tail_want, h_want) = &states[sequence][layer];
                     let part = |values: &[f32], len: usize| values[slot * len..][..len].to_vec();
                     let off = distance(&part(&tail, tail_want.len()), tail_want);
-                    assert!(off < 1.2e-2, "tail of layer {layer}: {off:e}");
+                    assert!(off < 1e-3, "tail of layer {layer}: {off:e}");
                     let off = distance(&part(&h, h_want.len()), h_want);
-                    assert!(off < 1.2e-2, "state of layer {layer}: {off:e}");
+                    assert!(off < 1e-3, "state of layer {layer}: {off:e}");
                 }
-                // Nobody's slot is left alone.
+                // The slot of nobody is left alone.
                 let inner = sizes.inner;
                 assert!(
                     h[inner * sizes.states..][..inner * sizes.states].iter().all(|&v| v == 0.0)
@@ -302,12 +303,11 @@ fn cuda_weights_of_another_size_are_refused() {
         let wrong = Sizes { rank: 6, ..case.sizes };
         let error = case.weights.check(&wrong).unwrap_err().to_string();
         assert!(error.contains("x_proj") && error.contains("[38, 80]"), "{error}");
-        let mut running = Running::new(&gpu, &case, &[0], 1);
+        let running = Running::new(&gpu, &case, &[0], 1);
         let ids = gpu.upload(&[1u32, 2]).unwrap();
         // SAFETY: refused before anything is launched.
-        let outcome = unsafe {
-            running.step.run(&case.weights, &mut running.states, &ids, &running.slots, 2)
-        };
+        let outcome =
+            unsafe { running.step.run(&case.weights, &running.states, &ids, &running.slots, 2) };
         assert!(outcome.unwrap_err().to_string().contains("2 columns, room for 1"));
     }
 }

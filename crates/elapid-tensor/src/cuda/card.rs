@@ -5,10 +5,11 @@ use std::sync::{Mutex, PoisonError};
 
 use cudarc::driver::result as cu;
 use cudarc::driver::sys::{
-    CUcontext, CUdevice, CUdevice_attribute, CUevent, CUevent_flags, CUfunction,
-    CUfunction_attribute_enum, CUgraphExec, CUgraphInstantiate_flags, CUlaunchAttribute,
-    CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, CUstream, CUstreamCaptureMode,
-    cuDriverGetVersion, cuFuncGetAttribute, cuLaunchKernelEx,
+    CU_MEMHOSTALLOC_DEVICEMAP, CU_MEMHOSTALLOC_PORTABLE, CUcontext, CUdevice, CUdevice_attribute,
+    CUevent, CUevent_flags, CUfunction, CUfunction_attribute_enum, CUgraphExec,
+    CUgraphInstantiate_flags, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue,
+    CUlaunchConfig, CUstream, CUstreamCaptureMode, cuDriverGetVersion, cuFuncGetAttribute,
+    cuLaunchKernelEx,
 };
 use cudarc::nvrtc::sys as rtc;
 
@@ -219,6 +220,20 @@ impl Card {
     pub(super) fn release(&self, address: u64) -> Result<()> {
         // SAFETY: `allocate` gave the address and its owner gave it up.
         self.call("cuMemFree", || unsafe { cu::free_sync(address) })
+    }
+
+    /// Memory of the host that kernels reach at the same address.
+    pub(super) fn allocate_on_host(&self, bytes: usize) -> Result<u64> {
+        // SAFETY: the address is used within `bytes` only, by its owner.
+        let pointer = self.call("cuMemHostAlloc", || unsafe {
+            cu::malloc_host(bytes, CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP)
+        })?;
+        Ok(pointer as u64)
+    }
+
+    pub(super) fn release_on_host(&self, address: u64) -> Result<()> {
+        // SAFETY: `allocate_on_host` gave the address and its owner gave it up.
+        self.call("cuMemFreeHost", || unsafe { cu::free_host(address as *mut c_void) })
     }
 
     pub(super) fn fill_zero(&self, address: u64, bytes: usize) -> Result<()> {
@@ -514,6 +529,14 @@ impl Function {
 }
 
 impl CardEvent {
+    pub(super) fn wait(&self) -> Result<()> {
+        // SAFETY: the context and the event are alive.
+        unsafe {
+            checked(&self.device, "cuCtxSetCurrent", cu::ctx::set_current(self.context))?;
+            checked(&self.device, "cuEventSynchronize", cu::event::synchronize(self.event))
+        }
+    }
+
     pub(super) fn since(&self, earlier: &Self) -> Result<f64> {
         // SAFETY: the context and both events are alive.
         unsafe {

@@ -349,3 +349,15 @@ template <class T> T __shfl_xor_sync(unsigned mask, T value, int bits, int width
     unsigned source = lane ^ bits;
     return emulation::shuffle(mask, value, (source & ~(width - 1)) > (lane & ~(width - 1)) ? lane : source);
 }
+
+// Fibers change only where they wait, so nothing comes between.
+template <class T> T atomicAdd(T* at, T term) {
+    T before = *at;
+    *at += term;
+    return before;
+}
+template <class T> T atomicOr(T* at, T bits) {
+    T before = *at;
+    *at |= bits;
+    return before;
+}

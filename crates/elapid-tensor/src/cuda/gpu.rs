@@ -496,6 +496,17 @@ impl Kernel {
 }
 
 impl Event {
+    /// Waits until all work before this moment is done.
+    ///
+    /// # Errors
+    /// If some of it failed.
+    pub fn wait(&self) -> Result<()> {
+        match &self.0 {
+            EventInner::Card(event) => event.wait(),
+            EventInner::Host(_) => Ok(()),
+        }
+    }
+
     /// Milliseconds from `earlier` to this moment; waits for both.
     ///
     /// # Errors

@@ -48,6 +48,8 @@ const DRIVER: Wanted = Wanted {
         "cuStreamSynchronize",
         "cuMemAlloc_v2",
         "cuMemFree_v2",
+        "cuMemHostAlloc",
+        "cuMemFreeHost",
         "cuMemGetInfo_v2",
         "cuMemcpyHtoDAsync_v2",
         "cuMemcpyDtoHAsync_v2",

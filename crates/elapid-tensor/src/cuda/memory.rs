@@ -301,6 +301,45 @@ impl<T: Pod> DeviceBuffer<T> {
         unsafe { self.gpu().copy_in(self.address(), bytemuck::cast_slice(values)) }
     }
 
+    /// Overwrites the first `values.len()` elements.
+    ///
+    /// # Errors
+    /// If the driver refuses.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub fn write_first(&mut self, values: &[T]) -> Result<()> {
+        assert!(values.len() <= self.len);
+        // SAFETY: the block holds as many bytes, and nobody else has it.
+        unsafe { self.gpu().copy_in(self.address(), bytemuck::cast_slice(values)) }
+    }
+
+    /// Overwrites the elements from `start` on.
+    ///
+    /// # Errors
+    /// If the driver refuses.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub fn write_at(&mut self, start: usize, values: &[T]) -> Result<()> {
+        assert!(start <= self.len && values.len() <= self.len - start);
+        let address = self.address() + (start * size_of::<T>()) as u64;
+        // SAFETY: the block holds as many bytes from there on, and nobody else has it.
+        unsafe { self.gpu().copy_in(address, bytemuck::cast_slice(values)) }
+    }
+
+    /// The first `to.len()` elements, after all work before this call.
+    ///
+    /// # Errors
+    /// If the driver refuses, or earlier work failed.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub fn read_first(&self, to: &mut [T]) -> Result<()> {
+        assert!(to.len() <= self.len);
+        self.block.read_into(0, bytemuck::cast_slice_mut::<T, u8>(to))
+    }
+
     /// A copy in the same GPU's memory.
     ///
     /// # Errors

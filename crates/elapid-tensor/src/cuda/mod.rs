@@ -23,6 +23,7 @@ mod host;
 pub mod libraries;
 mod memory;
 mod profile;
+mod shared;
 mod source;
 #[cfg(test)]
 mod tests;
@@ -35,4 +36,5 @@ pub use graph::Graph;
 pub(crate) use memory::DeviceBlock;
 pub use memory::{DeviceBuffer, DeviceSlice, Usage};
 pub use profile::Profiled;
+pub use shared::SharedBuffer;
 pub use source::{KernelArguments, Source};

@@ -50,6 +50,22 @@ DEVICE float float_of(uint32_t bits) {
 #endif
 }
 
+DEVICE uint64_t bits_of_double(double value) {
+#ifdef ON_CARD
+    return uint64_t(__double_as_longlong(value));
+#else
+    return emulation::copy_bits<uint64_t>(value);
+#endif
+}
+
+DEVICE double double_of_bits(uint64_t bits) {
+#ifdef ON_CARD
+    return __longlong_as_double((long long)(bits));
+#else
+    return emulation::copy_bits<double>(bits);
+#endif
+}
+
 // bfloat16: the upper half of an f32.
 struct alignas(2) bf16 {
     uint16_t bits;

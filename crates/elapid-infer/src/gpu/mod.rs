@@ -1,0 +1,233 @@
+//! The decode engine of a GPU: a model whose decode steps run on fused kernels over weights in bf16 or int8.
+//!
+//! Prompts are read by the [`LanguageModel`] itself, each sequence by itself: its matrix products may sum in an order
+//! that depends on the number of tokens. One token of a sequence that goes on is a decode step
+//! ([`elapid_ops::decode_step`]), whose order is always the same, so that sequences can be stepped together. The steps
+//! of a number of sequences are recorded once and launched as one.
+//!
+//! The engine keeps the state of its last step where it is and changes it there. A caller who goes on from that state
+//! pays nothing for it; one who kept a copy, or comes with another state, pays one copy.
+
+mod load;
+mod sampled;
+mod steps;
+
+use std::ops::ControlFlow;
+
+use elapid_models::{LanguageModel, MambaConfig, NormKind, State};
+use elapid_ops::decode_step::{Encoding, Sizes, Weights};
+use elapid_tensor::cuda::Gpu;
+use elapid_tensor::{DType, Sequence, Sequences};
+
+use crate::runner::check_wanted;
+use crate::{Error, Logits, ModelRunner, Receiver, Result, Runner};
+
+pub use sampled::{SampledSteps, Start};
+use steps::Steps;
+
+/// A model on a GPU with weights for decode steps.
+pub struct GpuEngine {
+    model: LanguageModel,
+    gpu: Gpu,
+    sizes: Sizes,
+    weights: Weights,
+    steps: Option<Steps>,
+}
+
+impl GpuEngine {
+    /// An engine for a model that is on a GPU and computes in bf16 there. Its embedding and projections are kept a second
+    /// time, in `encoding`; Δ's projection in bf16, everything else in f32.
+    ///
+    /// # Errors
+    /// If the model is elsewhere or computes in another type, or there is no memory.
+    pub fn new(mut model: LanguageModel, encoding: Encoding) -> Result<Self> {
+        let gpu = match model.device().gpu()? {
+            Some(gpu) if model.compute() == DType::BF16 => gpu,
+            _ => {
+                return Err(Error::Option {
+                    name: "device",
+                    expected: "a model on a GPU that computes in bf16",
+                    found: format!("{} in {}", model.device(), model.compute()),
+                });
+            }
+        };
+        let sizes = sizes(model.config());
+        let weights = load::weights(&gpu, &mut model, encoding)?;
+        weights.check(&sizes)?;
+        Ok(Self { model, gpu, sizes, weights, steps: None })
+    }
+
+    /// Bytes that a decode step reads of the weights.
+    pub fn weight_bytes(&self) -> usize {
+        self.weights.bytes_read()
+    }
+
+    /// The model that reads prompts.
+    pub fn model(&self) -> &LanguageModel {
+        &self.model
+    }
+
+    /// One token of each of some sequences: logits [sequences, V], and the state.
+    fn decode(
+        &mut self,
+        ids: &[u32],
+        decoding: &[Sequence],
+        state: State,
+    ) -> Result<(Vec<f32>, State)> {
+        let ids: Vec<u32> = decoding.iter().map(|sequence| ids[sequence.start]).collect();
+        let slots: Vec<usize> = decoding.iter().map(|sequence| sequence.slot).collect();
+        self.steps_for(state)?;
+        let Some(steps) = &mut self.steps else { return Ok((Vec::new(), State::default())) };
+        steps.step(&self.weights, &ids, &slots)?;
+        let logits = steps.logits(ids.len())?;
+        Ok((logits, steps.state()))
+    }
+
+    /// Steps that go on from a state.
+    fn steps_for(&mut self, state: State) -> Result<&mut Steps> {
+        let slots = state.slots();
+        let steps = match self.steps.take() {
+            Some(steps) if steps.fits(slots) => steps,
+            _ => Steps::new(&self.gpu, &self.sizes, slots, self.weights.layers.len())?,
+        };
+        let steps = self.steps.insert(steps);
+        steps.adopt(state, &self.sizes)?;
+        Ok(steps)
+    }
+
+    /// Reads the tokens of one sequence: the logits of those wanted, from `first` on in the batch, and its state.
+    fn read(
+        &self,
+        ids: &[u32],
+        sequence: Sequence,
+        state: Option<State>,
+        wanted: &[usize],
+        receive: &mut Receiver<'_>,
+    ) -> Result<State> {
+        let own = sequence.start..sequence.start + sequence.len;
+        let wanted: Vec<usize> = wanted.iter().map(|token| token - own.start).collect();
+        let alone = Sequences::new(vec![Sequence { start: 0, slot: 0, ..sequence }], 1)?;
+        ModelRunner::new(&self.model).run(&ids[own], &alone, state, &wanted, receive)
+    }
+}
+
+/// Sizes of the kernels for a model's configuration.
+fn sizes(config: &MambaConfig) -> Sizes {
+    Sizes {
+        width: config.d_model,
+        inner: config.d_inner(),
+        states: config.d_state,
+        rank: config.dt_rank(),
+        taps: config.d_conv,
+        classes: config.padded_vocab_size(),
+        centred: config.norm == NormKind::Layer,
+        eps: config.norm_eps as f32,
+        selection_eps: config.mixer_rms_eps.map(|eps| eps as f32),
+    }
+}
+
+impl Runner for GpuEngine {
+    fn config(&self) -> &MambaConfig {
+        self.model.config()
+    }
+
+    fn fresh_state(&self, slots: usize) -> Result<State> {
+        Ok(self.model.fresh_state(slots)?)
+    }
+
+    fn check_state(&self, state: &State) -> Result<()> {
+        Ok(self.model.check_state(state)?)
+    }
+
+    fn run(
+        &mut self,
+        ids: &[u32],
+        sequences: &Sequences,
+        state: Option<State>,
+        wanted: &[usize],
+        receive: &mut Receiver<'_>,
+    ) -> Result<State> {
+        check_wanted(ids, sequences, wanted)?;
+        let vocabulary = self.sizes.classes;
+        if let Some(place) = ids.iter().position(|&id| id as usize >= vocabulary) {
+            return Err(Error::Token { sequence: 0, place, token: ids[place], vocabulary });
+        }
+        let mut state = match state {
+            Some(state) => {
+                self.check_state(&state)?;
+                if state.slots() != sequences.slots() {
+                    return Err(Error::Option {
+                        name: "state",
+                        expected: "one slot for each of the sequences'",
+                        found: format!("{} slots for {}", state.slots(), sequences.slots()),
+                    });
+                }
+                state.to(self.model.device())?
+            }
+            None if sequences.any_continued() => {
+                return Err(Error::Option {
+                    name: "state",
+                    expected: "one, as a sequence is continued",
+                    found: "none".into(),
+                });
+            }
+            None => self.fresh_state(sequences.slots())?,
+        };
+        let (decoding, reading): (Vec<Sequence>, Vec<Sequence>) =
+            sequences.into_iter().filter(|s| s.len > 0).partition(|s| s.len == 1 && s.continued);
+        let mut decoded = Vec::new();
+        if !decoding.is_empty() {
+            (decoded, state) = self.decode(ids, &decoding, state)?;
+        }
+        // In the order of the tokens, as their logits are to come.
+        let mut read = Vec::new();
+        let mut given = 0;
+        let mut over = false;
+        let mut columns = decoded.chunks(vocabulary);
+        for sequence in sequences.into_iter().filter(|s| s.len > 0) {
+            let end = given
+                + wanted[given..]
+                    .iter()
+                    .take_while(|&&t| t < sequence.start + sequence.len)
+                    .count();
+            let own = &wanted[given..end];
+            let mut pass = |values: &[f32], first: usize| {
+                if !over && receive(Logits { first: given + first, values }).is_break() {
+                    over = true;
+                }
+            };
+            if sequence.len == 1 && sequence.continued {
+                if let (Some(values), [_]) = (columns.next(), own) {
+                    pass(values, 0);
+                }
+            } else {
+                let before =
+                    sequence.continued.then(|| state.select(&[sequence.slot])).transpose()?;
+                let after = self.read(ids, *sequence, before, own, &mut |logits| {
+                    pass(logits.values, logits.first);
+                    ControlFlow::Continue(())
+                })?;
+                read.push((sequence.slot, after));
+            }
+            given = end;
+        }
+        debug_assert_eq!(read.len(), reading.len());
+        merge(state, read)
+    }
+}
+
+/// The state with some of its slots replaced.
+fn merge(state: State, read: Vec<(usize, State)>) -> Result<State> {
+    if read.is_empty() {
+        return Ok(state);
+    }
+    let mut order: Vec<usize> = (0..state.slots()).collect();
+    for (index, (slot, _)) in read.iter().enumerate() {
+        order[*slot] = state.slots() + index;
+    }
+    if let ([(0, _)], 1) = (read.as_slice(), state.slots()) {
+        return Ok(read.into_iter().map(|(_, after)| after).next().unwrap_or(state));
+    }
+    let parts: Vec<&State> = std::iter::once(&state).chain(read.iter().map(|(_, s)| s)).collect();
+    Ok(State::join(&parts)?.select(&order)?)
+}

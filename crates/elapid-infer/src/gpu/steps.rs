@@ -1,0 +1,166 @@
+//! Decode steps on a GPU, recorded once for a number of sequences, and the state that they change in place.
+
+use std::collections::HashMap;
+
+use elapid_models::{LayerState as NamedState, State};
+use elapid_ops::decode_step::{LayerState, Sampling, Sizes, Step, Weights};
+use elapid_tensor::Tensor;
+use elapid_tensor::cuda::{DeviceBuffer, Gpu, Graph};
+
+use crate::Result;
+
+const CONV_STATE: &str = "conv_state";
+const SSM_STATE: &str = "ssm_state";
+
+/// Columns of a step for a number of sequences: few sizes, so that few steps are recorded.
+pub(super) fn columns_for(sequences: usize) -> usize {
+    if sequences <= 8 { sequences.next_power_of_two() } else { sequences.next_multiple_of(8) }
+}
+
+/// What steps of some slots keep in the memory of a GPU.
+pub(super) struct Steps {
+    gpu: Gpu,
+    slots: usize,
+    step: Step,
+    ids: DeviceBuffer<u32>,
+    /// The slot of each column.
+    columns: DeviceBuffer<i32>,
+    layers: Vec<LayerState>,
+    positions: Vec<u64>,
+    /// By the number of columns: none after a first step of that many, which compiles kernels.
+    recorded: HashMap<usize, Option<Graph>>,
+}
+
+impl Steps {
+    pub(super) fn new(gpu: &Gpu, sizes: &Sizes, slots: usize, layers: usize) -> Result<Self> {
+        let capacity = columns_for(slots);
+        Ok(Self {
+            gpu: gpu.clone(),
+            slots,
+            step: Step::new(gpu, sizes, capacity)?,
+            ids: gpu.zeros(capacity)?,
+            columns: gpu.zeros(capacity)?,
+            layers: (0..layers)
+                .map(|_| LayerState::fresh(gpu, sizes, slots))
+                .collect::<elapid_tensor::Result<_>>()?,
+            positions: vec![0; slots],
+            recorded: HashMap::new(),
+        })
+    }
+
+    pub(super) fn fits(&self, slots: usize) -> bool {
+        self.slots == slots
+    }
+
+    /// Makes `state` the one that steps go on from.
+    pub(super) fn adopt(&mut self, state: State, sizes: &Sizes) -> Result<()> {
+        let pairs = || {
+            self.layers
+                .iter()
+                .zip(&state.layers)
+                .map(|(own, given)| (own, given.get(CONV_STATE), given.get(SSM_STATE)))
+        };
+        // Held by this and by the caller's value alone, which ends here.
+        let same = |own: &Tensor, given: Option<&Tensor>| {
+            given.is_some_and(|given| own.is_same(given) && own.holders() == 2)
+        };
+        let ours = pairs().all(|(own, tail, h)| same(&own.tail, tail) && same(&own.state, h));
+        self.positions.clone_from(&state.positions);
+        if ours {
+            return Ok(());
+        }
+        // Somebody else's values stay what they are; recorded steps know the addresses of the old ones.
+        let shared =
+            self.layers.iter().any(|own| own.tail.holders() > 1 || own.state.holders() > 1);
+        if shared {
+            for own in &mut self.layers {
+                *own = LayerState::fresh(&self.gpu, sizes, self.slots)?;
+            }
+            self.recorded.clear();
+        }
+        for (own, given) in self.layers.iter_mut().zip(&state.layers) {
+            let tensors = [(&mut own.tail, CONV_STATE), (&mut own.state, SSM_STATE)];
+            for (own, name) in tensors {
+                if let Some(given) = given.get(name) {
+                    own.overwrite(given)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A token id and a slot for each of the first columns; the others have no sequence.
+    pub(super) fn set(&mut self, ids: &[u32], slots: &[usize], columns: usize) -> Result<()> {
+        let mut table: Vec<i32> = slots.iter().map(|&slot| slot as i32).collect();
+        table.resize(columns, -1);
+        self.ids.write_first(ids)?;
+        Ok(self.columns.write_first(&table)?)
+    }
+
+    /// Takes the sequence out of a column.
+    pub(super) fn leave(&mut self, column: usize) -> Result<()> {
+        Ok(self.columns.write_at(column, &[-1])?)
+    }
+
+    /// Launches a step of the columns that were set.
+    pub(super) fn launch(&self, weights: &Weights, columns: usize) -> Result<()> {
+        // SAFETY: the slots of a batch's sequences are below its number of slots and differ, and `adopt` made sure that
+        // nobody relies on the values of these states.
+        unsafe { self.step.run(weights, &self.layers, &self.ids, &self.columns, columns)? };
+        Ok(())
+    }
+
+    /// Launches the choice of the next tokens, which the next step reads.
+    pub(super) fn choose(&self, choosing: &Sampling, columns: usize) -> Result<()> {
+        let logits = self.step.logits();
+        let classes = logits.len() / self.step.capacity();
+        Ok(choosing.run(logits, classes, &self.ids, &self.columns, columns)?)
+    }
+
+    /// The state after steps that the card counted.
+    pub(super) fn finish(&mut self, positions: Vec<u64>) -> State {
+        self.positions = positions;
+        self.state()
+    }
+
+    /// Carries out a step: a token id and a slot for each column.
+    pub(super) fn step(&mut self, weights: &Weights, ids: &[u32], slots: &[usize]) -> Result<()> {
+        let columns = columns_for(ids.len());
+        self.set(ids, slots, columns)?;
+        match self.recorded.get(&columns) {
+            None => {
+                self.launch(weights, columns)?;
+                self.recorded.insert(columns, None);
+            }
+            Some(None) => {
+                let ((), graph) = self.gpu.record(|| self.launch(weights, columns))?;
+                // SAFETY: buffers and weights are where they were for as long as this value and the engine live.
+                unsafe { graph.launch()? };
+                self.recorded.insert(columns, Some(graph));
+            }
+            // SAFETY: as above.
+            Some(Some(graph)) => unsafe { graph.launch()? },
+        }
+        for &slot in slots {
+            self.positions[slot] += 1;
+        }
+        Ok(())
+    }
+
+    /// Logits of the last step's first columns [columns, V], when it is done.
+    pub(super) fn logits(&self, columns: usize) -> Result<Vec<f32>> {
+        let classes = self.step.logits().len() / self.step.capacity();
+        let mut values = vec![0.0; columns * classes];
+        self.step.logits().read_first(&mut values)?;
+        Ok(values)
+    }
+
+    /// The state after the last step.
+    pub(super) fn state(&self) -> State {
+        let layers = self.layers.iter().map(|own| {
+            let tensors = [(CONV_STATE, &own.tail), (SSM_STATE, &own.state)];
+            NamedState::new(tensors.map(|(name, tensor)| (name.into(), tensor.clone())))
+        });
+        State { layers: layers.collect(), positions: self.positions.clone() }
+    }
+}
