@@ -127,7 +127,8 @@ fn a_batch_generates_what_its_sequences_do_alone() {
     for gpu in gpus() {
         for encoding in [Encoding::Bf16, Encoding::Q8] {
             let mut engine = engine(&gpu, &configs()[0], encoding);
-            let request = |prompt: &[u32], id| Request { prompt: prompt.to_vec(), id, state: None };
+            let request =
+                |prompt: &[u32], id| Request { prompt: prompt.to_vec(), id, ..Request::default() };
             let requests = [request(&[3, 1, 4], 1), request(&[1], 2), request(&[5; 9], 3)];
             for sampling in [Sampling::greedy(), Sampling { seed: 4, ..Sampling::default() }] {
                 // A token that comes by chance lets sequences leave at different times.
