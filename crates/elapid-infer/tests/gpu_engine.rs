@@ -34,10 +34,10 @@ fn configs() -> [MambaConfig; 2] {
     [bytes, odd]
 }
 
-fn engine(gpu: &Gpu, config: &MambaConfig, encoding: Encoding) -> GpuEngine {
+fn placed(gpu: &Gpu, config: &MambaConfig) -> LanguageModel {
     let mut model = LanguageModel::new(config, 7).unwrap();
     model.place(Device::Cuda(gpu.id()), DType::BF16).unwrap();
-    GpuEngine::new(model, encoding).unwrap()
+    model
 }
 
 /// One token for each slot that `ids` names: logits of each, and the state.
@@ -77,7 +77,8 @@ fn decode_steps_follow_the_model_on_the_host() {
     for gpu in gpus() {
         for config in configs() {
             for (encoding, tolerance) in [(Encoding::Bf16, 1.5e-2), (Encoding::Q8, 3e-2)] {
-                let mut engine = engine(&gpu, &config, encoding);
+                let mut on_gpu = placed(&gpu, &config);
+                let mut engine = GpuEngine::new(&mut on_gpu, encoding).unwrap();
                 let model = LanguageModel::new(&config, 7).unwrap();
                 let mut host = ModelRunner::new(&model);
                 let mut states = (engine.fresh_state(3).unwrap(), host.fresh_state(3).unwrap());
@@ -105,7 +106,8 @@ fn decode_steps_follow_the_model_on_the_host() {
 #[test]
 fn a_state_that_is_kept_keeps_its_values() {
     for gpu in gpus() {
-        let mut engine = engine(&gpu, &configs()[0], Encoding::Bf16);
+        let mut on_gpu = placed(&gpu, &configs()[0]);
+        let mut engine = GpuEngine::new(&mut on_gpu, Encoding::Bf16).unwrap();
         let state = engine.fresh_state(2).unwrap();
         let ids = [(0, 5), (1, 9)];
         let (_, once) = step(&mut engine, &ids, state);
@@ -126,7 +128,8 @@ fn a_state_that_is_kept_keeps_its_values() {
 fn a_batch_generates_what_its_sequences_do_alone() {
     for gpu in gpus() {
         for encoding in [Encoding::Bf16, Encoding::Q8] {
-            let mut engine = engine(&gpu, &configs()[0], encoding);
+            let mut on_gpu = placed(&gpu, &configs()[0]);
+            let mut engine = GpuEngine::new(&mut on_gpu, encoding).unwrap();
             let request =
                 |prompt: &[u32], id| Request { prompt: prompt.to_vec(), id, ..Request::default() };
             let requests = [request(&[3, 1, 4], 1), request(&[1], 2), request(&[5; 9], 3)];
@@ -180,7 +183,8 @@ fn tokens_chosen_on_the_card_are_those_of_the_sampler() {
     ];
     for gpu in gpus() {
         let config = &configs()[0];
-        let mut engine = engine(&gpu, config, Encoding::Bf16);
+        let mut on_gpu = placed(&gpu, config);
+        let mut engine = GpuEngine::new(&mut on_gpu, Encoding::Bf16).unwrap();
         for sampling in &samplings {
             let mut sampler = Sampler::new(sampling, config.vocab_size).unwrap();
             // On the host: steps that give logits.

@@ -100,6 +100,24 @@ fn single_subjects_repeats_and_threads() {
 }
 
 #[test]
+fn decode_steps_on_the_emulated_gpu() {
+    if let Err(error) = elapid::tensor::cuda::Gpu::emulated() {
+        eprintln!("SKIPPED: elapid bench decode on the emulated GPU: {error}");
+        return;
+    }
+    let call =
+        "bench --device cuda:emulated --quick decode --repeats 1 --batch 2 --weights q8_0 --json";
+    let report = Program::new().run(&call.split(' ').collect::<Vec<_>>()).json();
+    let figures = report["figures"].as_array().unwrap();
+    assert_eq!(figures.len(), 1, "{figures:?}");
+    assert_eq!(figures[0]["shape"], "tiny, batch 2, q8_0");
+    assert!(figures[0]["tokens_per_second"].as_f64().unwrap() > 0.0);
+    assert!(figures[0]["work"]["bytes"].as_f64().unwrap() > 0.0);
+    let wrong = ["bench", "--device", "cuda:emulated", "--quick", "decode", "--weights", "q4_k"];
+    Program::new().run(&wrong).fails(2, &["q4_k", "q8_0"]);
+}
+
+#[test]
 fn a_quick_run_on_the_emulated_gpu() {
     if let Err(error) = elapid::tensor::cuda::Gpu::emulated() {
         eprintln!("SKIPPED: elapid bench on the emulated GPU: {error}");

@@ -26,21 +26,21 @@ pub use sampled::{SampledSteps, Start};
 use steps::Steps;
 
 /// A model on a GPU with weights for decode steps.
-pub struct GpuEngine {
-    model: LanguageModel,
+pub struct GpuEngine<'m> {
+    model: &'m LanguageModel,
     gpu: Gpu,
     sizes: Sizes,
     weights: Weights,
     steps: Option<Steps>,
 }
 
-impl GpuEngine {
+impl<'m> GpuEngine<'m> {
     /// An engine for a model that is on a GPU and computes in bf16 there. Its embedding and projections are kept a second
     /// time, in `encoding`; Δ's projection in bf16, everything else in f32.
     ///
     /// # Errors
     /// If the model is elsewhere or computes in another type, or there is no memory.
-    pub fn new(mut model: LanguageModel, encoding: Encoding) -> Result<Self> {
+    pub fn new(model: &'m mut LanguageModel, encoding: Encoding) -> Result<Self> {
         let gpu = match model.device().gpu()? {
             Some(gpu) if model.compute() == DType::BF16 => gpu,
             _ => {
@@ -52,7 +52,7 @@ impl GpuEngine {
             }
         };
         let sizes = sizes(model.config());
-        let weights = load::weights(&gpu, &mut model, encoding)?;
+        let weights = load::weights(&gpu, model, encoding)?;
         weights.check(&sizes)?;
         Ok(Self { model, gpu, sizes, weights, steps: None })
     }
@@ -62,9 +62,14 @@ impl GpuEngine {
         self.weights.bytes_read()
     }
 
+    /// How its embedding and projections are kept.
+    pub fn encoding(&self) -> Encoding {
+        self.weights.embedding.encoding()
+    }
+
     /// The model that reads prompts.
     pub fn model(&self) -> &LanguageModel {
-        &self.model
+        self.model
     }
 
     /// One token of each of some sequences: logits [sequences, V], and the state.
@@ -107,7 +112,7 @@ impl GpuEngine {
         let own = sequence.start..sequence.start + sequence.len;
         let wanted: Vec<usize> = wanted.iter().map(|token| token - own.start).collect();
         let alone = Sequences::new(vec![Sequence { start: 0, slot: 0, ..sequence }], 1)?;
-        ModelRunner::new(&self.model).run(&ids[own], &alone, state, &wanted, receive)
+        ModelRunner::new(self.model).run(&ids[own], &alone, state, &wanted, receive)
     }
 }
 
@@ -126,7 +131,7 @@ fn sizes(config: &MambaConfig) -> Sizes {
     }
 }
 
-impl Runner for GpuEngine {
+impl Runner for GpuEngine<'_> {
     fn config(&self) -> &MambaConfig {
         self.model.config()
     }

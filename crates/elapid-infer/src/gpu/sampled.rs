@@ -29,8 +29,8 @@ pub struct Start<'a> {
 }
 
 /// Sequences that are being continued, slot i of the state being sequence i's.
-pub struct SampledSteps<'a> {
-    engine: &'a mut GpuEngine,
+pub struct SampledSteps<'e, 'm> {
+    engine: &'e mut GpuEngine<'m>,
     choosing: Choosing,
     columns: usize,
     sequences: Vec<Progress>,
@@ -46,7 +46,7 @@ struct Progress {
     ended: bool,
 }
 
-impl GpuEngine {
+impl<'m> GpuEngine<'m> {
     /// True if tokens can be chosen on the card under these options; else their logits have to be read.
     pub fn can_sample(&self, sampling: &Sampling) -> bool {
         let window = sampling.repetition_window;
@@ -64,7 +64,7 @@ impl GpuEngine {
         sequences: &[Start<'_>],
         sampling: &Sampling,
         ends: &[u32],
-    ) -> Result<SampledSteps<'_>> {
+    ) -> Result<SampledSteps<'_, 'm>> {
         sampling.validate()?;
         let slots = sequences.len();
         let refuse = |name, expected, found| Err(Error::Option { name, expected, found });
@@ -130,7 +130,7 @@ impl GpuEngine {
     }
 }
 
-impl SampledSteps<'_> {
+impl SampledSteps<'_, '_> {
     /// Steps whose tokens have not been taken.
     pub fn pending(&self) -> usize {
         self.pending.len()

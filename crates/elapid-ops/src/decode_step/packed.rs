@@ -33,6 +33,27 @@ impl Encoding {
     }
 }
 
+impl std::fmt::Display for Encoding {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Bf16 => "bf16",
+            Self::Q8 => "q8_0",
+        })
+    }
+}
+
+impl std::str::FromStr for Encoding {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "bf16" => Ok(Self::Bf16),
+            "q8_0" => Ok(Self::Q8),
+            _ => Err(format!("{text:?}: decode steps on a GPU have weights in bf16 or q8_0")),
+        }
+    }
+}
+
 /// A matrix [rows, terms] as it lies in the memory of a GPU before it is packed.
 #[derive(Debug, Clone, Copy)]
 pub enum Source<'a> {

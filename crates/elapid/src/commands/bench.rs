@@ -4,6 +4,7 @@
 use anyhow::Result;
 use clap::Args;
 use clap::ValueEnum as _;
+use elapid_ops::decode_step::Encoding;
 use elapid_tensor::cuda::Gpu;
 use elapid_tensor::{DType, Device};
 use serde::Serialize;
@@ -24,6 +25,7 @@ Examples:
   elapid bench decode --threads 1
   elapid bench --device cuda          the same work on a GPU, some minutes
   elapid bench train --device cuda --model-shape 130m --model-shape 1.4b:8x2048
+  elapid bench decode --device cuda --model-shape 370m --batch 1,32 --weights q8_0
 
 Without --device, or with auto, the CPU is measured. On a GPU models compute in bf16 unless --dtype says f32.
 
@@ -43,11 +45,17 @@ pub struct Arguments {
     /// Times each figure is taken; the median counts [default: 9, quick 3]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1000))]
     repeats: Option<u16>,
-    /// Model that `train` takes on a GPU, and its batch (S sequences of L tokens): 130m, 370m, 1.4b, .., bytes, tiny;
+    /// Model that `train` and `decode` take on a GPU, and train's batch (S sequences of L tokens): 130m, 370m, 1.4b, .., bytes, tiny;
     /// `:keep` behind it keeps activations rather than make them again; several times for several [default: bytes,
     /// 130m, 370m, 1.4b with 8 and with 16 sequences]
     #[arg(long, value_name = "NAME[:SxL][:keep]")]
     model_shape: Vec<ModelShape>,
+    /// Sequences of a decode step on a GPU [default: 1,8,32,64,128,256]
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = batch)]
+    batch: Vec<usize>,
+    /// Weights of decode steps on a GPU: bf16, q8_0 [default: both]
+    #[arg(long, value_name = "TYPE", value_delimiter = ',')]
+    weights: Vec<Encoding>,
     #[command(flatten)]
     json: JsonArgument,
 }
@@ -70,6 +78,13 @@ struct Document<R> {
     report: R,
 }
 
+fn batch(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(count @ 1..=65536) => Ok(count),
+        _ => Err(format!("{text:?}: expected a number of sequences from 1 to 65536")),
+    }
+}
+
 /// Measures and reports.
 pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     match global.device {
@@ -82,8 +97,13 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
 }
 
 fn on_cpu(arguments: &Arguments, global: &Global) -> Result<()> {
-    if !arguments.model_shape.is_empty() {
-        return Err(Usage::new("--model-shape is for a GPU: add --device cuda").into());
+    let given = [
+        ("--model-shape", arguments.model_shape.is_empty()),
+        ("--batch", arguments.batch.is_empty()),
+        ("--weights", arguments.weights.is_empty()),
+    ];
+    if let Some((option, _)) = given.iter().find(|(_, absent)| !absent) {
+        return Err(Usage::new(format!("{option} is for a GPU: add --device cuda")).into());
     }
     if let Some(dtype) = global.dtype.filter(|&dtype| dtype != DType::F32) {
         let message = format!("--dtype {dtype}: the CPU computes in f32 (a GPU: --device cuda)");
@@ -111,6 +131,8 @@ fn on_gpu(arguments: &Arguments, global: &Global, gpu: &Gpu) -> Result<()> {
             repeats,
             dtype: global.dtype.unwrap_or(DType::BF16),
             models: &arguments.model_shape,
+            batches: &arguments.batch,
+            weights: &arguments.weights,
         };
         let report = gpu::run(gpu, &settings)?;
         let text = report.to_text();

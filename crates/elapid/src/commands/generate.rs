@@ -12,12 +12,13 @@ use anyhow::{Context, Result};
 use clap::{ArgGroup, Args};
 use elapid_formats::{Fingerprint, load_continuation, save_continuation};
 use elapid_infer::{
-    CpuEngine, Event, Finish, Generated, ModelRunner, Options, Request, Runner, Sampling, Timing,
-    forward, generate,
+    CpuEngine, Event, Finish, Generated, GpuEngine, ModelRunner, Options, Request, Runner,
+    Sampling, Timing, forward, generate,
 };
 use elapid_models::{LanguageModel, State};
 use elapid_ops::blocks::Encoding;
-use elapid_tensor::{Device, Tensor};
+use elapid_ops::decode_step;
+use elapid_tensor::{DType, Device, Tensor};
 use serde::Serialize;
 
 use crate::cli::{Global, JsonArgument, ModelArgument, Placement};
@@ -89,8 +90,8 @@ pub struct Arguments {
     /// tokenizer.json, a folder with one, or OWNER/NAME on the hub, instead of the model's own
     #[arg(long, value_name = "PATH")]
     tokenizer: Option<PathBuf>,
-    /// On the CPU, hold projections and embedding so and run the decode engine over them: f32, bf16, f16, q8_0, q4_0,
-    /// q4_k, q6_k
+    /// Hold projections and embedding so and run the decode engine over them: on the CPU f32, bf16, f16, q8_0, q4_0,
+    /// q4_k, q6_k; on a GPU, with --dtype bf16, bf16 or q8_0
     #[arg(long, value_name = "TYPE", help_heading = "Machine", value_parser = encoding)]
     weights: Option<Encoding>,
     /// Go on from this state
@@ -175,12 +176,8 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     elapid_infer::StopStrings::new(&options.stop).map_err(as_option)?;
 
     let placement = global.placement()?;
-    if arguments.weights.is_some() && placement.device != Device::Cpu {
-        let message = format!(
-            "--weights is for the CPU, the model would run on {}: add --device cpu",
-            placement.device
-        );
-        return Err(Usage::new(message).into());
+    if let Some(weights) = arguments.weights {
+        check_weights(weights, &placement)?;
     }
     let (mut model, folder) = model_folder::load(&arguments.model.model)?;
     let text = TextOf::model(&folder, model.config(), arguments.tokenizer.as_deref())?;
@@ -191,7 +188,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     let with_text = text.tokenizer.is_some();
     if let Some(path) = &arguments.prompts {
         placement.place(&mut model)?;
-        let mut ready = Ready::new(&mut model, arguments.weights)?;
+        let mut ready = Ready::new(&mut model, arguments.weights, &placement)?;
         let json =
             arguments.jsonl || path.extension().is_some_and(|extension| extension == "jsonl");
         let encode = |prompt: &str| encode(prompt.as_bytes(), &text, true);
@@ -220,7 +217,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
         _ => (None, None),
     };
     let request = Request { prompt, state, logits, ..Request::default() };
-    let mut ready = Ready::new(&mut model, arguments.weights)?;
+    let mut ready = Ready::new(&mut model, arguments.weights, &placement)?;
     let dtype = ready.dtype(&placement);
     let runner = ready.runner();
     if let Some(samples) = arguments.samples {
@@ -277,13 +274,41 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
 enum Ready<'a> {
     Model(Box<ModelRunner<'a>>),
     Engine(Box<CpuEngine>),
+    GpuEngine(Box<GpuEngine<'a>>),
+}
+
+/// Refuses weights that the engine of the device does not take.
+fn check_weights(weights: Encoding, placement: &Placement) -> Result<()> {
+    if placement.device == Device::Cpu {
+        return Ok(());
+    }
+    if let Err(message) = on_gpu(weights) {
+        return Err(Usage::new(format!("--weights {message}")).into());
+    }
+    if placement.dtype != DType::BF16 {
+        let message = format!("--weights on {} needs --dtype bf16", placement.device);
+        return Err(Usage::new(message).into());
+    }
+    Ok(())
+}
+
+fn on_gpu(weights: Encoding) -> Result<decode_step::Encoding, String> {
+    weights.to_string().parse()
 }
 
 impl<'a> Ready<'a> {
-    fn new(model: &'a mut LanguageModel, weights: Option<Encoding>) -> Result<Self> {
+    fn new(
+        model: &'a mut LanguageModel,
+        weights: Option<Encoding>,
+        placement: &Placement,
+    ) -> Result<Self> {
         let Some(weights) = weights else {
             return Ok(Self::Model(Box::new(ModelRunner::new(model))));
         };
+        if placement.device != Device::Cpu {
+            let weights = on_gpu(weights).map_err(anyhow::Error::msg)?;
+            return Ok(Self::GpuEngine(Box::new(GpuEngine::new(model, weights)?)));
+        }
         let engine = CpuEngine::from_model(model, Some(weights), rayon::current_num_threads())?;
         Ok(Self::Engine(Box::new(engine)))
     }
@@ -292,6 +317,7 @@ impl<'a> Ready<'a> {
         match self {
             Self::Model(runner) => &mut **runner,
             Self::Engine(engine) => &mut **engine,
+            Self::GpuEngine(engine) => &mut **engine,
         }
     }
 
@@ -300,6 +326,7 @@ impl<'a> Ready<'a> {
         match self {
             Self::Model(_) => placement.dtype.to_string(),
             Self::Engine(engine) => engine.encoding().to_string(),
+            Self::GpuEngine(engine) => engine.encoding().to_string(),
         }
     }
 }

@@ -5,6 +5,7 @@
 //! the scan at growing lengths, whole training steps, prefill and decode. Models get cheap values (`values.rs`): they do
 //! not change the time. Kernels alone are measured in bf16, models in the type that was asked for.
 
+mod decode;
 mod inference;
 mod kernels;
 mod limits;
@@ -16,6 +17,7 @@ mod training;
 mod values;
 
 use anyhow::Result;
+use elapid_ops::decode_step::Encoding;
 use elapid_tensor::cuda::Gpu;
 use elapid_tensor::{DType, Device};
 use serde::Serialize;
@@ -100,8 +102,12 @@ pub struct Settings<'a> {
     pub repeats: usize,
     /// Type of the products in models.
     pub dtype: DType,
-    /// Models to train, with their batches; the usual ones if empty.
+    /// Models to train, with their batches, or to decode with; the usual ones if empty.
     pub models: &'a [ModelShape],
+    /// Sequences of a decode step; the usual numbers if empty.
+    pub batches: &'a [usize],
+    /// How decode steps keep weights; in every way if empty.
+    pub weights: &'a [Encoding],
 }
 
 /// Measurement under way.
@@ -143,7 +149,7 @@ impl Bench {
 /// # Errors
 /// Those of the operations measured. A model that does not fit is no error.
 pub fn run(gpu: &Gpu, settings: &Settings<'_>) -> Result<Report> {
-    let Settings { subjects, quick, repeats, dtype, models } = *settings;
+    let Settings { subjects, quick, repeats, dtype, models, batches, weights } = *settings;
     let device = DeviceReport::of(gpu);
     eprintln!("limits of {}", device.name);
     let limits = Limits::measure(gpu, repeats, quick)?;
@@ -165,7 +171,12 @@ pub fn run(gpu: &Gpu, settings: &Settings<'_>) -> Result<Report> {
         eprintln!("training in {dtype}");
         training = training::run(&bench, models)?;
     }
-    let (decode, prefill) = (wanted(Subject::Decode), wanted(Subject::Prefill));
+    let (mut decode, prefill) = (wanted(Subject::Decode), wanted(Subject::Prefill));
+    if decode && dtype == DType::BF16 {
+        eprintln!("decode steps");
+        decode::run(&mut bench, models, batches, weights)?;
+        decode = false;
+    }
     let inference = if decode || prefill {
         eprintln!("inference in {dtype}");
         Some(inference::run(&mut bench, decode, prefill)?)

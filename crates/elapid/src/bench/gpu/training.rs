@@ -37,6 +37,13 @@ pub struct ModelShape {
     recompute: bool,
 }
 
+impl ModelShape {
+    /// Its name and configuration.
+    pub(super) fn model(&self) -> (&str, &MambaConfig) {
+        (&self.name, &self.config)
+    }
+}
+
 impl FromStr for ModelShape {
     type Err = String;
 
