@@ -122,22 +122,19 @@ impl Gpu {
     ) -> std::result::Result<(R, Graph), E> {
         static POOLS: AtomicU64 = AtomicU64::new(1);
         let pool = POOLS.fetch_add(1, Ordering::Relaxed);
-        self.turn().outside("cuStreamBeginCapture", self)?;
-        {
+        loop {
+            self.turn().outside("cuStreamBeginCapture", self)?;
             let mut recording = self.recording().write().unwrap_or_else(PoisonError::into_inner);
+            // Another thread may have begun since.
             if recording.is_some() {
-                return Err(GpuError::Call {
-                    device: self.to_string(),
-                    call: "cuStreamBeginCapture",
-                    message: "another graph is being recorded".into(),
-                }
-                .into());
+                continue;
             }
             if let Driver::Card(card) = self.driver() {
                 card.begin_recording()?;
             }
             let thread = std::thread::current().id();
             *recording = Some(Recording { thread, pool, work: Arc::default() });
+            break;
         }
         let end = End(self);
         let mut graph = Graph { gpu: self.clone(), pool, code: None };
