@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use elapid_formats::gguf::GgufFile;
 use elapid_formats::{Bytes, StateFile, TensorFile, Weights, hf, pytorch};
 use elapid_tensor::DType;
 
@@ -10,8 +11,9 @@ use elapid_tensor::DType;
 pub type Entry = (&'static str, fn(&[u8]));
 
 /// Every parser.
-pub const ALL: [Entry; 6] = [
+pub const ALL: [Entry; 7] = [
     ("config", config),
+    ("gguf", gguf),
     ("npz", npz),
     ("pickle", pickle),
     ("pytorch", pytorch),
@@ -46,6 +48,14 @@ pub fn pickle(data: &[u8]) {
 /// A NumPy archive.
 pub fn npz(data: &[u8]) {
     weights("fuzz.npz", data);
+}
+
+/// A GGUF file: header, metadata, vocabulary, tensors.
+pub fn gguf(data: &[u8]) {
+    if let Ok(file) = GgufFile::from_bytes(Path::new("fuzz.gguf"), Bytes::from(data.to_vec())) {
+        let _ = file.vocabulary();
+    }
+    weights("fuzz.gguf", data);
 }
 
 /// A config.json; what is accepted must survive being written.

@@ -11,7 +11,7 @@ use crate::gpu_steps::GpuSteps;
 use crate::{Error, Result};
 
 /// Logits are made for so many values at a time (16 MB).
-const LOGITS_AT_ONCE: usize = 1 << 22;
+pub(crate) const LOGITS_AT_ONCE: usize = 1 << 22;
 
 /// Logits of some of the wanted tokens, which come in order.
 #[derive(Debug, Clone, Copy)]
@@ -88,31 +88,6 @@ impl<R: Runner + ?Sized> Runner for &mut R {
     }
 }
 
-impl<R: Runner + ?Sized> Runner for Box<R> {
-    fn config(&self) -> &MambaConfig {
-        (**self).config()
-    }
-
-    fn fresh_state(&self, slots: usize) -> Result<State> {
-        (**self).fresh_state(slots)
-    }
-
-    fn check_state(&self, state: &State) -> Result<()> {
-        (**self).check_state(state)
-    }
-
-    fn run(
-        &mut self,
-        ids: &[u32],
-        sequences: &Sequences,
-        state: Option<State>,
-        wanted: &[usize],
-        receive: &mut Receiver<'_>,
-    ) -> Result<State> {
-        (**self).run(ids, sequences, state, wanted, receive)
-    }
-}
-
 /// Checks the arguments of [`Runner::run`] that do not depend on the model.
 pub(crate) fn check_wanted(ids: &[u32], sequences: &Sequences, wanted: &[usize]) -> Result<()> {
     let refuse = |name, expected, found| Err(Error::Option { name, expected, found });
@@ -128,6 +103,39 @@ pub(crate) fn check_wanted(ids: &[u32], sequences: &Sequences, wanted: &[usize])
             refuse("wanted", "tokens of the batch", format!("token {last} of {}", ids.len()))
         }
         _ => Ok(()),
+    }
+}
+
+/// Checks all arguments of [`Runner::run`]; gives the state to go on from, that of fresh sequences if there is none.
+pub(crate) fn check_call(
+    runner: &dyn Runner,
+    ids: &[u32],
+    sequences: &Sequences,
+    state: Option<State>,
+    wanted: &[usize],
+) -> Result<State> {
+    check_wanted(ids, sequences, wanted)?;
+    let vocabulary = runner.config().padded_vocab_size();
+    for (sequence, own) in sequences.into_iter().enumerate() {
+        let tokens = &ids[own.tokens()];
+        if let Some(place) = tokens.iter().position(|&id| id as usize >= vocabulary) {
+            return Err(Error::Token { sequence, place, token: tokens[place], vocabulary });
+        }
+    }
+    let refuse = |expected, found| Err(Error::Option { name: "state", expected, found });
+    match state {
+        Some(state) if state.slots() != sequences.slots() => {
+            let found = format!("{} slots for {}", state.slots(), sequences.slots());
+            refuse("one slot for each of the sequences'", found)
+        }
+        Some(state) => {
+            runner.check_state(&state)?;
+            Ok(state)
+        }
+        None if sequences.any_continued() => {
+            refuse("one, as a sequence is continued", "none".into())
+        }
+        None => runner.fresh_state(sequences.slots()),
     }
 }
 

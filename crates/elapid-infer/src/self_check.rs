@@ -26,7 +26,7 @@ pub enum Rows {
 }
 
 impl Rows {
-    /// Enough to see a wrong kernel at once; a few microseconds a weight.
+    /// Enough to see a wrong kernel at once.
     pub const AT_LOAD: Self = Self::Sampled(16);
 
     /// The rows of `0..count` to look at; `salt` lets neighbouring layers look at different ones.

@@ -1,16 +1,15 @@
 //! Models of the Hugging Face hub behind `--model`: a path that exists wins; what looks like `OWNER/NAME`
 //! otherwise is taken from the cache, or downloaded, with progress bars where a terminal is.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use elapid_formats::hub::{Hub, Progress, Reference, Wanted};
-use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::output::bytes;
+use crate::progress::{Bar, Unit, say};
 
 static OFFLINE: AtomicBool = AtomicBool::new(false);
 
@@ -60,66 +59,38 @@ fn find(path: &Path, wanted: Wanted<'_>) -> Result<Option<PathBuf>> {
     Ok(Some(pulled.model))
 }
 
-/// How often a line is written where bars are not possible.
-const LINE: Duration = Duration::from_secs(10);
-
 /// Progress on standard error: a bar a file, or lines where nobody watches.
 #[derive(Default)]
-pub struct Bars {
-    bar: Option<ProgressBar>,
-    name: String,
-    size: u64,
-    last: Option<Instant>,
-}
+pub struct Bars(Option<Bar>);
 
 impl Progress for Bars {
     fn file(&mut self, name: &str, size: u64, have: u64) {
-        (self.name, self.size, self.last) = (name.to_owned(), size, Some(Instant::now()));
-        if io::stderr().is_terminal() {
-            let bar = ProgressBar::new(size).with_position(have);
-            let style = "{msg:32!} {bar:24} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
-            if let Ok(style) = ProgressStyle::with_template(style) {
-                bar.set_style(style);
-            }
-            bar.set_message(name.to_owned());
-            bar.reset_eta();
-            self.bar = Some(bar);
-            return;
+        if !io::stderr().is_terminal() {
+            let there = match have {
+                0 => String::new(),
+                have => format!(", {} of them are there", bytes(have)),
+            };
+            say(&format!("{name}: {}{there}", bytes(size)));
         }
-        let mut line = format!("{name}: {}", bytes(size));
-        if have > 0 {
-            line += &format!(", {} of them are there", bytes(have));
-        }
-        say(&line);
+        self.0 = Some(Bar::new(name, Unit::Bytes, have, size));
     }
 
     fn at(&mut self, position: u64) {
-        match &self.bar {
-            Some(bar) => bar.set_position(position),
-            None if self.last.is_some_and(|last| last.elapsed() >= LINE) => {
-                self.last = Some(Instant::now());
-                let share = 100.0 * position as f64 / self.size.max(1) as f64;
-                say(&format!("{}: {share:.0} % of {}", self.name, bytes(self.size)));
-            }
-            None => {}
+        if let Some(bar) = &mut self.0 {
+            bar.at(position);
         }
     }
 
     fn done(&mut self) {
-        if let Some(bar) = self.bar.take() {
-            bar.finish();
+        if let Some(bar) = self.0.take() {
+            bar.keep();
         }
     }
 
     fn note(&mut self, text: &str) {
-        match &self.bar {
-            Some(bar) => bar.println(text),
+        match &self.0 {
+            Some(bar) => bar.note(text),
             None => say(text),
         }
     }
-}
-
-/// A line for people; if nobody can read it, that is no reason to stop.
-fn say(line: &str) {
-    let _ = writeln!(io::stderr(), "{line}");
 }

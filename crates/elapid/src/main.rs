@@ -9,6 +9,7 @@ mod hub;
 mod interrupt;
 mod model_folder;
 mod output;
+mod progress;
 mod text_of;
 
 use std::process::ExitCode;

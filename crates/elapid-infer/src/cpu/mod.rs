@@ -17,7 +17,7 @@ use elapid_ops::blocks::Encoding;
 use elapid_ops::mamba_step::Stretch;
 use elapid_tensor::{Device, Sequences, Tensor};
 
-use crate::runner::check_wanted;
+use crate::runner::{LOGITS_AT_ONCE, check_call};
 use crate::{Error, Logits, Receiver, Result, Runner};
 use pool::Pool;
 use step::{LayerPlace, Scratch, Sizes};
@@ -26,9 +26,6 @@ use weights::Weights;
 /// Tokens that go through the layers together. Their activations stay in the caches, and weights are read once for
 /// all of them.
 const CHUNK: usize = 256;
-/// Logits are made for so many values at a time (16 MB).
-const LOGITS_AT_ONCE: usize = 1 << 22;
-
 const CONV_STATE: &str = "conv_state";
 const SSM_STATE: &str = "ssm_state";
 
@@ -199,33 +196,7 @@ impl Runner for CpuEngine {
         wanted: &[usize],
         receive: &mut Receiver<'_>,
     ) -> Result<State> {
-        check_wanted(ids, sequences, wanted)?;
-        let vocabulary = self.config.padded_vocab_size();
-        if let Some(place) = ids.iter().position(|&id| id as usize >= vocabulary) {
-            let sequence = sequences.into_iter().position(|s| s.tokens().contains(&place));
-            return Err(Error::Token {
-                sequence: sequence.unwrap_or(0),
-                place,
-                token: ids[place],
-                vocabulary,
-            });
-        }
-        let state = match state {
-            Some(state) => {
-                if state.slots() != sequences.slots() {
-                    let message =
-                        format!("{} slots, expected {}", state.slots(), sequences.slots());
-                    return Err(elapid_models::Error::State(message).into());
-                }
-                self.check_state(&state)?;
-                state.to(Device::Cpu)?
-            }
-            None if sequences.any_continued() => {
-                let message = "a sequence is continued, but there is no state".into();
-                return Err(elapid_models::Error::State(message).into());
-            }
-            None => self.fresh_state(sequences.slots())?,
-        };
+        let state = check_call(self, ids, sequences, state, wanted)?.to(Device::Cpu)?;
         let State { layers, mut positions } = state;
         let mut tensors = Vec::with_capacity(layers.len());
         for mut layer in layers {

@@ -19,7 +19,7 @@ use elapid_ops::decode_step::{Encoding, Sizes, Weights};
 use elapid_tensor::cuda::Gpu;
 use elapid_tensor::{DType, Sequence, Sequences};
 
-use crate::runner::check_wanted;
+use crate::runner::check_call;
 use crate::{Error, Logits, ModelRunner, Receiver, Result, Runner};
 
 pub use sampled::{SampledSteps, Start};
@@ -152,32 +152,9 @@ impl Runner for GpuEngine<'_> {
         wanted: &[usize],
         receive: &mut Receiver<'_>,
     ) -> Result<State> {
-        check_wanted(ids, sequences, wanted)?;
+        let state = check_call(self, ids, sequences, state, wanted)?;
+        let mut state = state.to(self.model.device())?;
         let vocabulary = self.sizes.classes;
-        if let Some(place) = ids.iter().position(|&id| id as usize >= vocabulary) {
-            return Err(Error::Token { sequence: 0, place, token: ids[place], vocabulary });
-        }
-        let mut state = match state {
-            Some(state) => {
-                self.check_state(&state)?;
-                if state.slots() != sequences.slots() {
-                    return Err(Error::Option {
-                        name: "state",
-                        expected: "one slot for each of the sequences'",
-                        found: format!("{} slots for {}", state.slots(), sequences.slots()),
-                    });
-                }
-                state.to(self.model.device())?
-            }
-            None if sequences.any_continued() => {
-                return Err(Error::Option {
-                    name: "state",
-                    expected: "one, as a sequence is continued",
-                    found: "none".into(),
-                });
-            }
-            None => self.fresh_state(sequences.slots())?,
-        };
         let (decoding, reading): (Vec<Sequence>, Vec<Sequence>) =
             sequences.into_iter().filter(|s| s.len > 0).partition(|s| s.len == 1 && s.continued);
         let mut decoded = Vec::new();

@@ -45,10 +45,11 @@ impl<'a> Reference<'a> {
         const EMBEDDINGS: &str = "backbone.embeddings";
         let name = format!("{EMBEDDINGS}.weight");
         let table = self.weight(&name)?;
+        let found = (EMBEDDINGS, self.values(EMBEDDINGS)?);
         for (t, id) in tokens.iter().enumerate() {
             for c in 0..d {
                 let expected = f64::from(table[*id as usize * d + c]);
-                self.same(&name, EMBEDDINGS, t * d + c, expected, expected.abs())?;
+                self.same(&name, found, t * d + c, expected, expected.abs())?;
             }
         }
         let mut stream = EMBEDDINGS.to_owned();
@@ -89,16 +90,16 @@ impl<'a> Reference<'a> {
         self.trace.get(name).map(Vec::as_slice).ok_or_else(|| missing(name))
     }
 
-    /// Compares one value of an activation; `size` is the sum of the magnitudes that it was made of.
+    /// Compares one of the `values` of an activation; `size` is the sum of the magnitudes that it was made of.
     fn same(
         &mut self,
         tensor: &str,
-        activation: &str,
+        (activation, values): (&str, &[f64]),
         index: usize,
         expected: f64,
         size: f64,
     ) -> Result<()> {
-        let found = self.values(activation)?.get(index).copied().unwrap_or(f64::NAN);
+        let found = values.get(index).copied().unwrap_or(f64::NAN);
         let share = (found - expected).abs() / (self.tolerance * size + 1e-30);
         self.checked.values += 1;
         // A NaN on either side is no share below one.
@@ -119,8 +120,9 @@ impl<'a> Reference<'a> {
         let x = self.values(hidden)?;
         let none = vec![0.0; x.len()];
         let residual = residual.map_or(Ok(none.as_slice()), |name| self.values(name))?;
+        let found = (output, self.values(output)?);
         for (i, (x, r)) in x.iter().zip(residual).enumerate() {
-            self.same(output, output, i, x + r, x.abs() + r.abs())?;
+            self.same(output, found, i, x + r, x.abs() + r.abs())?;
         }
         Ok(())
     }
@@ -145,6 +147,7 @@ impl<'a> Reference<'a> {
         let weight_name = format!("{name}.weight");
         let weight = self.weight(&weight_name)?;
         let bias = self.optional(&format!("{name}.bias"))?;
+        let found = (name, self.values(name)?);
         for (t, x) in x.chunks(d).enumerate() {
             let mean = bias.map_or(0.0, |_| x.iter().sum::<f64>() / d as f64);
             let square = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / d as f64;
@@ -154,7 +157,7 @@ impl<'a> Reference<'a> {
                 let b = bias.map_or(0.0, |bias| f64::from(bias[c]));
                 let size = (x.abs() + mean.abs()) * scale * f64::from(weight[c]).abs() + b.abs();
                 // Each value is as exact as the norm of all is.
-                self.same(&weight_name, name, t * d + c, normed + b, size + 1e-6)?;
+                self.same(&weight_name, found, t * d + c, normed + b, size + 1e-6)?;
             }
         }
         Ok(())
@@ -172,6 +175,7 @@ impl<'a> Reference<'a> {
         let weight = self.weight(weight_name)?;
         let bias = bias_name.map_or(Ok(None), |name| self.optional(name))?;
         let count = weight.len() / width;
+        let found = (output, self.values(output)?);
         for row in self.rows.of(count, self.layer) {
             let w = &weight[row * width..][..width];
             let b = bias.map_or(0.0, |bias| f64::from(bias[row]));
@@ -182,7 +186,7 @@ impl<'a> Reference<'a> {
                     sum += product;
                     size += product.abs();
                 }
-                self.same(weight_name, output, t * count + row, sum, size)?;
+                self.same(weight_name, found, t * count + row, sum, size)?;
             }
         }
         Ok(())
@@ -227,6 +231,7 @@ impl<'a> Reference<'a> {
         let weight = self.weight(&weight_name)?;
         let bias = self.optional(&format!("{output}.bias"))?;
         let x = self.values(input)?;
+        let found = (output, self.values(output)?);
         for c in self.rows.of(e, self.layer) {
             let b = bias.map_or(0.0, |bias| f64::from(bias[c]));
             for t in 0..x.len() / (2 * e) {
@@ -238,7 +243,7 @@ impl<'a> Reference<'a> {
                     sum += product;
                     size += product.abs();
                 }
-                self.same(&weight_name, output, t * e + c, silu(sum), size)?;
+                self.same(&weight_name, found, t * e + c, silu(sum), size)?;
             }
         }
         Ok(())
@@ -255,6 +260,7 @@ impl<'a> Reference<'a> {
         let (u, delta) = (self.values(&name("conv1d"))?, self.values(&name("dt_proj"))?);
         let xz = self.values(&name("in_proj"))?;
         let output = name("scan");
+        let found = (output.as_str(), self.values(&output)?);
         for c in self.rows.of(e, self.layer) {
             let mut h = vec![0.0; n];
             let mut sizes = vec![0.0; n];
@@ -272,7 +278,7 @@ impl<'a> Reference<'a> {
                     size += (into[s] * sizes[s]).abs();
                 }
                 let gate = silu(xz[t * 2 * e + e + c]);
-                self.same(&a_log_name, &output, t * e + c, y * gate, size * gate.abs())?;
+                self.same(&a_log_name, found, t * e + c, y * gate, size * gate.abs())?;
             }
         }
         Ok(())

@@ -18,6 +18,7 @@ mod chunks;
 mod cpu;
 pub mod cuda;
 mod cuda_general;
+mod cuda_plan;
 mod field;
 mod forward;
 mod on_gpu;

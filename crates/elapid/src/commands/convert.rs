@@ -13,6 +13,7 @@ use serde_json::json;
 use crate::cli::JsonArgument;
 use crate::model_folder;
 use crate::output::{bytes, grouped, print_json};
+use crate::progress::{Bar, Unit};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -121,7 +122,8 @@ fn save_gguf(source: &ModelSource, path: &Path, dtype: Option<DType>) -> Result<
     };
     let plan = gguf::Plan::new(source, gguf::WeightTypes { projections, embedding: None })?;
     let vocabulary = gguf::vocabulary_of(source)?;
-    Ok(gguf::save_gguf(source, &plan, vocabulary, path, &mut |_| {})?)
+    let mut bar = Bar::new("converting", Unit::Bytes, 0, plan.bytes());
+    Ok(gguf::save_gguf(source, &plan, vocabulary, path, &mut |done| bar.at(done))?)
 }
 
 /// Bytes of a file, or of a folder's files.

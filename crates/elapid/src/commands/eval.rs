@@ -1,6 +1,5 @@
 //! `elapid eval`: how well a model predicts a text.
 
-use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -10,13 +9,13 @@ use clap::Args;
 use elapid_data::{Documents, SourceOptions};
 use elapid_eval::{Document, Options, Perplexity, Progress, Reading, perplexity};
 use elapid_infer::ModelRunner;
-use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use crate::cli::{Global, JsonArgument, ModelArgument};
 use crate::exit::Usage;
 use crate::model_folder;
 use crate::output::{Table, grouped, print_json, rate};
+use crate::progress::{Bar, Unit};
 use crate::text_of::TextOf;
 
 const EXAMPLES: &str = "\
@@ -127,14 +126,13 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     }
 
     let started = Instant::now();
-    let bar = bar();
+    let mut bar = Bar::new("evaluating", Unit::Tokens, 0, 0);
     let found = perplexity(&mut ModelRunner::new(&model), &documents, &options, &mut |progress| {
         let Progress { done, all } = progress;
-        bar.set_length(all);
-        bar.set_position(done);
+        bar.of(done, all);
         ControlFlow::Continue(())
     });
-    bar.finish_and_clear();
+    drop(bar);
     let found = found.map_err(as_option)?;
     let seconds = started.elapsed().as_secs_f64();
     if arguments.json.json {
@@ -155,18 +153,6 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
         placement.device
     );
     Ok(())
-}
-
-/// A bar where a person watches.
-fn bar() -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    // The template is constant, so the fallback is only for the type.
-    let style = ProgressStyle::with_template("{bar:24.cyan/blue} {pos}/{len} tokens  ETA {eta}")
-        .unwrap_or_else(|_| ProgressStyle::default_bar())
-        .progress_chars("━╸─");
-    ProgressBar::new(0).with_style(style)
 }
 
 fn table(found: &Perplexity, reading: Reading) -> Table {

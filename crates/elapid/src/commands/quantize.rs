@@ -1,6 +1,5 @@
 //! `elapid quantize`: a model with weights in blocks of few-bit integers, as a GGUF file, and what that costs.
 
-use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -14,13 +13,13 @@ use elapid_formats::gguf::{Plan, WeightTypes, save_gguf, vocabulary_of};
 use elapid_formats::{ModelSource, atomic};
 use elapid_infer::ModelRunner;
 use elapid_ops::blocks::Encoding;
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use crate::cli::{Global, JsonArgument};
 use crate::exit::Usage;
 use crate::model_folder;
 use crate::output::{Table, bytes, grouped, print_json};
+use crate::progress::{Bar, Unit};
 use crate::text_of::TextOf;
 
 const EXAMPLES: &str = "\
@@ -73,13 +72,11 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
         eprintln!("note: {tensor}");
     }
     let started = Instant::now();
-    let bar = bar(plan.bytes(), "{bytes}/{total_bytes}");
-    let written =
-        save_gguf(&source, &plan, vocabulary_of(&source)?, &arguments.target, &mut |done| {
-            bar.set_position(done);
-        });
-    bar.finish_and_clear();
-    written?;
+    let mut bar = Bar::new("quantizing", Unit::Bytes, 0, plan.bytes());
+    save_gguf(&source, &plan, vocabulary_of(&source)?, &arguments.target, &mut |done| {
+        bar.at(done);
+    })?;
+    drop(bar);
     let seconds = started.elapsed().as_secs_f64();
     let mut report = sizes(&source, &plan, arguments, seconds);
     let parameters = source.config().parameter_count();
@@ -223,19 +220,17 @@ fn compare(
     let mut other = ModelSource::open(&arguments.target)?.load()?;
     placement.place(&mut original)?;
     placement.place(&mut other)?;
-    let bar = bar(0, "{pos}/{len} tokens compared");
+    let mut bar = Bar::new("comparing", Unit::Tokens, 0, 0);
     let found = kl_divergence(
         &mut ModelRunner::new(&original),
         &mut ModelRunner::new(&other),
         &text.documents(),
         &Options::default(),
         &mut |Progress { done, all }| {
-            bar.set_length(all);
-            bar.set_position(done);
+            bar.of(done, all);
             ControlFlow::Continue(())
         },
     );
-    bar.finish_and_clear();
     Ok(found?)
 }
 
@@ -262,17 +257,6 @@ fn rows(table: &mut Table, found: &Divergence) {
         ),
     );
     table.row("same best token", format!("{:.2} %", found.top1_agreement * 100.0));
-}
-
-/// A bar where a person watches.
-fn bar(length: u64, shown: &str) -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let style = ProgressStyle::with_template(&format!("{{bar:24.cyan/blue}} {shown}  ETA {{eta}}"))
-        .unwrap_or_else(|_| ProgressStyle::default_bar())
-        .progress_chars("━╸─");
-    ProgressBar::new(length).with_style(style)
 }
 
 fn encoding(text: &str) -> Result<Encoding, String> {

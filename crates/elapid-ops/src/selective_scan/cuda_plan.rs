@@ -1,0 +1,249 @@
+//! How a scan is divided on a GPU: the shape of a block, and the segments that sequences are cut into.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use elapid_tensor::cuda::{DeviceBuffer, Gpu, Launch, Result};
+use elapid_tensor::{Device, Sequences};
+
+use super::{MAX_STATES, OP};
+use crate::gpu::{Extents, wrong};
+
+/// Threads of a block.
+pub(super) const THREADS: usize = 128;
+/// Blocks a multiprocessor from which on a lane takes two channels instead of one: more work for each value of B and C
+/// brought from shared memory, but half as many blocks. Fewer leave parts of the card with one block, others with two.
+const WORTH_PAIRING: f64 = 1.9;
+/// Tokens of a segment from which on lanes of cut sequences take two channels.
+const WORTH_PAIRING_SEGMENTS: usize = 1024;
+/// Most states of a channel with which lanes take two: with more, a block has few channels as it is.
+const PAIRED_STATES: usize = 16;
+/// Blocks that a multiprocessor holds at once: of one channel a lane (forward), of two.
+const BLOCKS: [usize; 2] = [5, 3];
+/// Sequences are cut to fill the card if it holds so many times the blocks that there are: the second pass over the
+/// recurrence must be paid for.
+const WORTH_CUTTING: usize = 4;
+
+/// How sequences are cut into segments.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cut {
+    /// So that the whole batch fills the card.
+    Fill,
+    /// Into segments of so many tokens (rounded up to whole tiles): then the bits of a sequence's results do not
+    /// depend on what else is in the batch, nor on the card.
+    Every(usize),
+    /// Not at all.
+    Never,
+}
+
+/// The shape of a scan and the segments of its batch, prepared once for forward and backward.
+#[derive(Debug)]
+pub struct Plan {
+    pub(super) channels: usize,
+    pub(super) states: usize,
+    pub(super) groups: usize,
+    pub(super) shape: Shape,
+    pub(super) extents: Extents,
+    /// The segments of each sequence.
+    pub(super) runs: Vec<Range<usize>>,
+    pub(super) segments: DeviceBuffer<[i64; 4]>,
+    /// Where each sequence's segments begin, and their number at the end.
+    pub(super) run_starts: DeviceBuffer<i32>,
+    pub(super) chunks: usize,
+    pub(super) count: usize,
+}
+
+/// The shape of a block, as the kernels derive it from the number of states and of a lane's channels.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Shape {
+    /// Channels a lane: 1 or 2.
+    pub(super) pair: usize,
+    pub(super) channels: usize,
+    pub(super) steps: usize,
+    pub(super) forward_floats: usize,
+    pub(super) backward_floats: usize,
+}
+
+impl Shape {
+    fn new(states: usize, pair: usize) -> Self {
+        let lanes = match states {
+            0..=16 => 4,
+            17..=32 => 8,
+            33..=64 => 16,
+            _ => 32,
+        };
+        let own = states.div_ceil(lanes);
+        let padded = lanes * own;
+        let channels = THREADS / lanes * pair;
+        let steps = if states <= 64 { 32 } else { 16 };
+        let width = channels / if channels == 64 { 8 } else { 4 };
+        let map = |copies: usize| copies * (steps * padded + if copies > 1 { 16 } else { 0 });
+        let of_channels = 2 * channels;
+        let pairs = steps * channels * 2;
+        let copies = match (lanes, own, pair) {
+            (4, 4, 1) => 4,
+            (4, 4, _) => 2,
+            _ => 1,
+        };
+        let saved = steps / 4 * (THREADS / 32) * (32 * pair * own).max(8 * padded);
+        Self {
+            pair,
+            channels,
+            steps,
+            forward_floats: 2 * (pairs + 2 * map(1)) + of_channels,
+            backward_floats: pairs
+                + steps * (channels + 8)
+                + 2 * map(copies)
+                + saved
+                + THREADS * 2 * width
+                + of_channels,
+        }
+    }
+
+    /// For `cut` and the sequences of a batch; only [`Cut::Fill`] lets the batch decide.
+    fn of(
+        gpu: &Gpu,
+        (channels, groups, states): (usize, usize, usize),
+        sequences: &Sequences,
+        cut: Cut,
+    ) -> Self {
+        let narrow = Self::new(states, 1);
+        if cut != Cut::Fill || states > PAIRED_STATES {
+            return narrow;
+        }
+        let wide = Self::new(states, 2);
+        let tiles = groups * (channels / groups).div_ceil(wide.channels);
+        let blocks = tiles * sequences.len();
+        let pieces = wide.pieces(gpu, blocks);
+        let many = blocks as f64 >= WORTH_PAIRING * gpu.multiprocessors() as f64;
+        let long = pieces >= WORTH_CUTTING && longest(sequences) / pieces >= WORTH_PAIRING_SEGMENTS;
+        if many || long { wide } else { narrow }
+    }
+
+    /// Into how many pieces each of so many blocks' work must be cut to fill the card.
+    fn pieces(&self, gpu: &Gpu, blocks: usize) -> usize {
+        BLOCKS[self.pair - 1] * gpu.multiprocessors() / blocks.max(1)
+    }
+}
+
+fn longest(sequences: &Sequences) -> usize {
+    sequences.iter().map(|s| s.len).max().unwrap_or(0)
+}
+
+impl Plan {
+    /// Cuts the sequences of a batch into segments and copies their table to the GPU, for E channels in G groups
+    /// of N states.
+    ///
+    /// # Errors
+    /// If G does not divide E, N is 0 or above [`MAX_STATES`], or there is no memory.
+    pub fn new(
+        gpu: &Gpu,
+        sequences: &Sequences,
+        (channels, groups, states): (usize, usize, usize),
+        cut: Cut,
+    ) -> Result<Self> {
+        if channels == 0 || groups == 0 || !channels.is_multiple_of(groups) {
+            let message = format!("{groups} groups do not divide {channels} channels");
+            return Err(wrong(OP, message));
+        }
+        if !(1..=MAX_STATES).contains(&states) {
+            return Err(wrong(
+                OP,
+                format!("{states} states a channel, expected 1 to {MAX_STATES}"),
+            ));
+        }
+        let shape = Shape::of(gpu, (channels, groups, states), sequences, cut);
+        let tiles = groups * (channels / groups).div_ceil(shape.channels);
+        let size = match cut {
+            Cut::Never => usize::MAX,
+            Cut::Every(tokens) => tokens.max(1).next_multiple_of(shape.steps),
+            Cut::Fill => {
+                let pieces = shape.pieces(gpu, tiles * sequences.len());
+                if pieces < WORTH_CUTTING {
+                    usize::MAX
+                } else {
+                    longest(sequences)
+                        .div_ceil(pieces)
+                        .next_multiple_of(shape.steps)
+                        .max(4 * shape.steps)
+                }
+            }
+        };
+        let (mut rows, mut starts, mut runs) = (Vec::new(), vec![0], Vec::new());
+        let mut chunks = 0;
+        for s in sequences {
+            let first = rows.len();
+            let pieces = s.len.div_ceil(size).max(1);
+            for piece in 0..pieces {
+                let begin = piece * size.min(s.len);
+                let length = size.min(s.len - begin);
+                let flags = i64::from(piece == 0)
+                    | i64::from(piece + 1 == pieces) << 1
+                    | i64::from(s.continued) << 2;
+                rows.push([
+                    (s.start + begin) as i64,
+                    length as i64,
+                    (chunks + begin / shape.steps) as i64,
+                    s.slot as i64 | flags << 32,
+                ]);
+            }
+            chunks += s.len.div_ceil(shape.steps);
+            runs.push(first..rows.len());
+            starts.push(rows.len() as i32);
+        }
+        Ok(Self {
+            channels,
+            states,
+            groups,
+            shape,
+            extents: sequences.into(),
+            runs,
+            count: rows.len(),
+            segments: gpu.upload(&rows)?,
+            run_starts: gpu.upload(&starts)?,
+            chunks,
+        })
+    }
+
+    /// [`Plan::new`] on the first call, later what that call made.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn of(
+        gpu: &Gpu,
+        sequences: &Sequences,
+        (channels, groups, states): (usize, usize, usize),
+    ) -> elapid_tensor::Result<Arc<Self>> {
+        let key = (Device::Cuda(gpu.id()), [channels, groups, states, 0]);
+        let sizes = (channels, groups, states);
+        sequences.kept(key, || Ok(Self::new(gpu, sequences, sizes, Cut::Fill)?))
+    }
+
+    pub(super) fn matrix(&self) -> usize {
+        self.channels * self.states
+    }
+
+    pub(super) fn state_len(&self) -> usize {
+        self.extents.slots * self.matrix()
+    }
+
+    /// Tiles of channels in a group.
+    pub(super) fn tiles(&self) -> usize {
+        (self.channels / self.groups).div_ceil(self.shape.channels)
+    }
+
+    pub(super) fn is_cut(&self) -> bool {
+        self.runs.iter().any(|run| run.len() > 1)
+    }
+
+    /// One block a segment and tile.
+    pub(super) fn launch(&self, floats: usize) -> Launch {
+        let blocks = self.count * self.groups * self.tiles();
+        Launch { shared: (4 * floats) as u32, ..Launch::linear(blocks as u32, THREADS as u32) }
+    }
+
+    /// One thread for each of `count` results, in blocks of 256.
+    pub(super) fn threads(count: usize) -> Launch {
+        Launch::linear(count.div_ceil(256) as u32, 256)
+    }
+}

@@ -1,0 +1,47 @@
+//! `elapid quantize`: smaller weights, what they cost, and that the file runs.
+
+mod program;
+
+use program::Program;
+
+#[test]
+fn a_model_of_blocks_is_smaller_close_to_the_original_and_runs() {
+    let program = Program::with_model();
+    program.write("text.txt", &"The snake lay in the sun. ".repeat(30));
+    let call = |blocks: &'static str| {
+        let target = format!("{blocks}.gguf");
+        let report = format!("{blocks}.json");
+        let arguments = ["quantize", "model", &target, "--type", blocks, "--json"];
+        let compare = ["--report", &report, "--text", "text.txt", "--tokens", "400"];
+        let printed = program.run(&[&arguments[..], &compare].concat()).json();
+        let written = std::fs::read_to_string(program.path(&report)).unwrap();
+        let written: serde_json::Value = serde_json::from_str(&written).unwrap();
+        assert_eq!(printed, written);
+        assert_eq!(written["text"]["tokens"], 400);
+        let size = std::fs::metadata(program.path(&target)).unwrap().len();
+        assert!(size < 2 * written["bytes_before"].as_u64().unwrap(), "{size}");
+        assert!(written["bytes"].as_u64() < written["bytes_before"].as_u64());
+        let generate = ["generate", "--model", &target, "--prompt", "The ", "-n", "8", "--json"];
+        let text = program.run(&generate).json();
+        assert_eq!(text["tokens"].as_array().unwrap().len(), 8);
+        let comparison = &written["comparison"];
+        let perplexity = |of: &str| comparison[of]["token_perplexity"].as_f64().unwrap();
+        let change = (perplexity("other") / perplexity("original") - 1.0).abs();
+        (comparison["mean"].as_f64().unwrap(), change)
+    };
+    let (eight, four) = (call("q8_0"), call("q4_0"));
+    assert!((0.0..1e-3).contains(&eight.0) && eight.1 < 0.01, "{eight:?}");
+    assert!(four.0 > eight.0, "{four:?} {eight:?}");
+}
+
+#[test]
+fn wrong_calls_name_what_is_wrong() {
+    let program = Program::with_model();
+    program.run(&["quantize", "model", "x.gguf", "--type", "f16"]).fails(2, &["f16", "convert"]);
+    program.run(&["quantize", "model", "x.gguf", "--type", "q3"]).fails(2, &["q3", "q4_k"]);
+    program.run(&["quantize", "model", "x.gguf"]).fails(2, &["--type"]);
+    program.run(&["quantize", "none", "x.gguf", "--type", "q8_0"]).fails(1, &["none"]);
+    let empty = ["quantize", "model", "x.gguf", "--type", "q8_0", "--report", "r.json"];
+    program.write("empty.txt", "");
+    program.run(&[&empty[..], &["--text", "empty.txt"]].concat()).fails(1, &["empty.txt"]);
+}
