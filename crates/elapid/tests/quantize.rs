@@ -7,7 +7,7 @@ use program::Program;
 #[test]
 fn a_model_of_blocks_is_smaller_close_to_the_original_and_runs() {
     let program = Program::with_model();
-    program.write("text.txt", &"The snake lay in the sun. ".repeat(30));
+    program.write("text.txt", "The snake lay in the sun. ".repeat(30));
     let call = |blocks: &'static str| {
         let target = format!("{blocks}.gguf");
         let report = format!("{blocks}.json");
