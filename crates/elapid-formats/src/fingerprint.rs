@@ -4,13 +4,14 @@
 use std::io::{self, Write};
 use std::path::Path;
 
-use elapid_models::{LanguageModel, MambaConfig, NormKind, State};
-use elapid_tensor::Tensor;
+use elapid_models::{LanguageModel, MambaConfig, NormKind, State, parameter_outlines};
+use elapid_ops::blocks::dequantize;
+use elapid_tensor::{DType, Tensor};
 use serde_json::json;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 use crate::tensor_file::tensor_bytes;
-use crate::{Result, atomic};
+use crate::{Error, ModelSource, Result, atomic};
 
 /// What tells one model from another: its shape, and its weights if they were hashed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,6 +70,35 @@ impl Fingerprint {
         Ok(Self { weights: Some(hash.digest128()), ..Self::of_config(config) })
     }
 
+    /// The fingerprint that the model of this file has once it is loaded. Reads every weight once and holds some of
+    /// them at a time.
+    ///
+    /// # Errors
+    /// If a weight cannot be read.
+    pub fn of_source(source: &ModelSource) -> Result<Self> {
+        /// Elements at a time; a multiple of every block's length.
+        const PIECE: usize = 1 << 14;
+        let config = source.config();
+        let mut hash = Xxh3::new();
+        let mut values = Vec::new();
+        let mut bytes = Vec::new();
+        for outline in parameter_outlines(config) {
+            let tensor = source.get(&outline.name).ok_or_else(|| {
+                Error::format(source.path(), format!("{}: no such tensor", outline.name))
+            })?;
+            hash_head(&mut hash, &outline.name, DType::F32, &outline.shape);
+            let encoding = tensor.encoding;
+            for part in tensor.bytes.chunks(encoding.row_bytes(PIECE)?) {
+                values.resize(part.len() / encoding.block_bytes() * encoding.block_len(), 0.0);
+                dequantize(encoding, part, &mut values)?;
+                bytes.clear();
+                bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+                hash.update(&bytes);
+            }
+        }
+        Ok(Self { weights: Some(hash.digest128()), ..Self::of_config(config) })
+    }
+
     /// Hash of the configuration.
     pub fn config_hash(&self) -> u128 {
         xxh3_128(self.config.as_bytes())
@@ -100,16 +130,20 @@ pub fn state_hash(state: &State) -> Result<u128> {
 
 /// Every part goes in with its length, so that no two different tensors give the same bytes.
 fn hash_tensor(hash: &mut Xxh3, name: &str, tensor: &Tensor) -> Result<()> {
-    hash.update(&(name.len() as u64).to_le_bytes());
-    hash.update(name.as_bytes());
-    hash.update(tensor.dtype().name().as_bytes());
-    hash.update(&(tensor.rank() as u64).to_le_bytes());
-    for &extent in tensor.shape().iter() {
-        hash.update(&(extent as u64).to_le_bytes());
-    }
+    hash_head(hash, name, tensor.dtype(), &tensor.shape());
     tensor_bytes(tensor, |bytes| hash.update(bytes)).map_err(|error| {
         elapid_tensor::Error::argument("fingerprint", format!("{name}: {error}")).into()
     })
+}
+
+fn hash_head(hash: &mut Xxh3, name: &str, dtype: DType, shape: &[usize]) {
+    hash.update(&(name.len() as u64).to_le_bytes());
+    hash.update(name.as_bytes());
+    hash.update(dtype.name().as_bytes());
+    hash.update(&(shape.len() as u64).to_le_bytes());
+    for &extent in shape {
+        hash.update(&(extent as u64).to_le_bytes());
+    }
 }
 
 /// A hash as 32 hexadecimal digits.

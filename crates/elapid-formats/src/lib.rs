@@ -29,6 +29,9 @@ pub use model_source::{
     Bytes, Format, Layout, ModelSource, PYTORCH_FILE, PYTORCH_INDEX_FILE, StoredTensor, Weights,
     holds_weights, load_model, load_weights,
 };
-pub use state_file::{StateFile, load_continuation, load_state, save_continuation, save_state};
+pub use state_file::{
+    StateFile, load_continuation, load_continuation_checked, load_state, save_continuation,
+    save_state,
+};
 pub use tensor_file::{TensorFile, save_tensors};
 pub use tokenizer::Tokenizer;

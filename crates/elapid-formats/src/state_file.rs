@@ -11,7 +11,7 @@
 
 use std::path::Path;
 
-use elapid_models::{LanguageModel, LayerState, State};
+use elapid_models::{LanguageModel, LayerState, MambaConfig, State};
 use elapid_tensor::{DType, Tensor};
 use xxhash_rust::xxh3::Xxh3;
 
@@ -82,6 +82,21 @@ pub fn load_continuation(
     model: &LanguageModel,
     fingerprint: &Fingerprint,
 ) -> Result<(State, Option<Tensor>)> {
+    load_continuation_checked(path, model.config(), fingerprint, &|state| {
+        model.check_state(state).map_err(|error| error.to_string())
+    })
+}
+
+/// [`load_continuation`] for whatever runs a model of `config`: `check` says what is wrong with a state, if anything.
+///
+/// # Errors
+/// As [`load_continuation`].
+pub fn load_continuation_checked(
+    path: &Path,
+    config: &MambaConfig,
+    fingerprint: &Fingerprint,
+    check: &dyn Fn(&State) -> Result<(), String>,
+) -> Result<(State, Option<Tensor>)> {
     let file = StateFile::read(path)?;
     let mismatch = |what, expected: String, found: String| {
         Err(Error::Mismatch { path: path.into(), what, expected, found })
@@ -98,8 +113,8 @@ pub fn load_continuation(
     {
         return mismatch("state of a model with other weights", hex(expected), hex(found));
     }
-    model.check_state(&file.state).map_err(|error| Error::format(path, error.to_string()))?;
-    let width = model.config().padded_vocab_size();
+    check(&file.state).map_err(|message| Error::format(path, message))?;
+    let width = config.padded_vocab_size();
     match &file.logits {
         Some(logits) if logits.rank() != 2 || logits.dim(1) != width => {
             let message =

@@ -17,7 +17,7 @@ mod scheduler;
 mod self_check;
 mod text;
 
-pub use cpu::CpuEngine;
+pub use cpu::{CpuEngine, Loading};
 pub use error::{Error, Result};
 pub use forward::{Piece, forward};
 pub use generate::{Event, Finish, Generated, Generation, Options, Request, Timing, generate};

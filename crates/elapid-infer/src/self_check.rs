@@ -5,7 +5,7 @@
 //! as the first output that differs, and is named. At load some output rows of every weight are looked at;
 //! `elapid doctor` looks at all of them.
 
-mod reference;
+pub(crate) mod reference;
 
 use std::collections::BTreeMap;
 
@@ -30,7 +30,7 @@ impl Rows {
     pub const AT_LOAD: Self = Self::Sampled(16);
 
     /// The rows of `0..count` to look at; `salt` lets neighbouring layers look at different ones.
-    fn of(self, count: usize, salt: usize) -> Vec<usize> {
+    pub(crate) fn of(self, count: usize, salt: usize) -> Vec<usize> {
         match self {
             Self::Sampled(rows) if rows < count => {
                 let mut chosen: Vec<usize> =

@@ -8,6 +8,7 @@ use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use elapid_infer::{Rows, SelfCheck};
 use elapid_models::LanguageModel;
+use elapid_ops::blocks::Encoding;
 use elapid_tensor::{DType, Device};
 
 use crate::commands::{
@@ -112,7 +113,7 @@ impl Global {
         let dtype = self.dtype.unwrap_or(DType::F32);
         if device == Device::Cpu && dtype != DType::F32 {
             let message = format!(
-                "--dtype {dtype}: the CPU computes in f32{}",
+                "--dtype {dtype}: the CPU computes in f32; --weights {dtype} holds weights so{}",
                 reason.as_ref().map_or(String::new(), |reason| format!(" (no GPU: {reason})"))
             );
             return Err(Usage::new(message).into());
@@ -185,6 +186,19 @@ pub struct ModelArgument {
     /// on the Hugging Face hub (OWNER/NAME@REVISION, OWNER/NAME/FILE.gguf), which is downloaded once
     #[arg(long, value_name = "MODEL")]
     pub model: PathBuf,
+}
+
+/// `--weights`, as every command that runs a model has it.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct WeightsArgument {
+    /// Hold projections and embedding so [default: as they are stored]: on the CPU f32, bf16, f16, q8_0, q4_0, q4_k or
+    /// q6_k; on a GPU, with --dtype bf16, bf16 or q8_0
+    #[arg(long, value_name = "TYPE", help_heading = "Machine", value_parser = encoding)]
+    pub weights: Option<Encoding>,
+}
+
+fn encoding(text: &str) -> Result<Encoding, String> {
+    text.parse::<Encoding>().map_err(|error| error.to_string())
 }
 
 /// `--json`, as every command with a result has it.

@@ -10,6 +10,7 @@ mod interrupt;
 mod model_folder;
 mod output;
 mod progress;
+mod ready_model;
 mod text_of;
 
 use std::process::ExitCode;

@@ -5,8 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use elapid_formats::checkpoint::{Checkpoint, Store};
-use elapid_formats::hf;
-use elapid_models::LanguageModel;
+use elapid_formats::{ModelSource, hf};
 
 use crate::hub;
 
@@ -15,19 +14,17 @@ const CHECKPOINTS: &str = "checkpoints";
 /// What only checkpoints have.
 const MANIFEST: &str = "training.json";
 
-/// Reads the model and says which folder it came from.
-pub fn load(path: &Path) -> Result<(LanguageModel, PathBuf)> {
+/// Opens the model without reading its weights, and says which folder it came from.
+pub fn open(path: &Path) -> Result<(ModelSource, PathBuf)> {
     let folder = resolve(path)?;
     if folder != path {
         eprintln!("model: {}", folder.display());
     }
-    let model = if folder.join(MANIFEST).is_file() {
+    if folder.join(MANIFEST).is_file() {
         // A checkpoint knows the hashes of its files, so damage is found here.
-        Checkpoint::open(&folder)?.load_model()?
-    } else {
-        hf::load_model(&folder)?
-    };
-    Ok((model, folder))
+        Checkpoint::open(&folder)?;
+    }
+    Ok((ModelSource::open(&folder)?, folder))
 }
 
 /// The folder that holds the model's files, or its one file.

@@ -54,8 +54,9 @@ fn a_quick_run_has_every_figure() {
         let backward = |name: &&str| name.starts_with(operation) && name.ends_with("backward");
         assert_eq!(names.iter().copied().filter(backward).count(), 1, "{operation}");
     }
-    for job in ["training step", "prefill", "decode step"] {
-        assert_eq!(names.iter().filter(|&&name| name == job).count(), 1, "{job}: {names:?}");
+    // A kind of float and one of blocks; two numbers of sequences.
+    for (job, count) in [("training step", 1), ("prefill", 2), ("decode step", 4)] {
+        assert_eq!(names.iter().filter(|&&name| name == job).count(), count, "{job}: {names:?}");
     }
 
     let mut found = Vec::new();
@@ -88,9 +89,22 @@ fn a_quick_run_has_every_figure() {
 #[test]
 fn single_subjects_repeats_and_threads() {
     let program = Program::new();
-    let call = ["bench", "decode", "prefill", "--quick", "--repeats", "2", "--threads", "1"];
-    let report = program.run(&[&call[..], &["--json"]].concat()).json();
-    assert_eq!(names(&report), ["prefill", "decode step"]);
+    let call = "bench decode prefill --quick --repeats 2 --threads 1 --weights bf16,q4_0 --batch 2 \
+                --prompt-tokens 5 --model-shape tiny --json";
+    let outcome = program.run(&call.split_whitespace().collect::<Vec<_>>());
+    assert!(outcome.err.contains("tiny in q4_0") && outcome.err.contains("peak memory"));
+    let report = outcome.json();
+    let shapes: Vec<&str> = report["figures"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|figure| figure["shape"].as_str().unwrap())
+        .collect();
+    let expected = ["5 tokens, bf16", "batch 2, bf16", "5 tokens, q4_0", "batch 2, q4_0"];
+    assert_eq!(shapes, expected.map(|shape| format!("tiny, {shape}")));
+    let inference = report["inference"].as_array().unwrap();
+    assert_eq!((inference.len(), &inference[1]["weights"]), (2, &"q4_0".into()));
+    assert_eq!(names(&report), ["prefill", "decode step", "prefill", "decode step"]);
     assert_eq!(report["figures"][1]["samples"].as_array().unwrap().len(), 2);
     assert_eq!(report["threads"], 1);
     assert_eq!(report["limits"][0]["all_threads"]["threads"], 1);
@@ -166,11 +180,14 @@ fn wrong_calls() {
     let program = Program::new();
     program.run(&["bench", "scam"]).fails(2, &["scam", "scan"]);
     program.run(&["bench", "--repeats", "0"]).fails(2, &["--repeats"]);
-    program.run(&["bench", "--quick", "--model-shape", "130m"]).fails(2, &["--device cuda"]);
+    program.run(&["bench", "--quick", "--weights", "q3"]).fails(2, &["q3", "q4_k"]);
+    program.run(&["bench", "decode", "--quick", "--batch", "0"]).fails(2, &["--batch", "65536"]);
     program.run(&["bench", "--quick", "--dtype", "bf16"]).fails(2, &["f32"]);
     let unknown = ["bench", "--device", "cuda:emulated", "--model-shape", "131m"];
     program.run(&unknown).fails(2, &["131m", "mamba-130m"]);
     if elapid::tensor::cuda::Gpu::emulated().is_ok() {
         program.run(&["bench", "--device", "cuda:emulated"]).fails(2, &["--quick"]);
+        let prompts = "bench --device cuda:emulated --quick prefill --prompt-tokens 4";
+        program.run(&prompts.split(' ').collect::<Vec<_>>()).fails(2, &["--prompt-tokens"]);
     }
 }

@@ -5,20 +5,21 @@
 //! ([`elapid_ops::mamba_step`]). Threads share out channels and rows and meet at barriers (`pool.rs`, `step.rs`).
 //! Memory beside weights and states does not grow with the prompt: calls are cut into chunks.
 
+mod check;
 mod pool;
 mod step;
 mod weights;
 
 use std::ops::ControlFlow;
 
-use elapid_formats::ModelSource;
+use elapid_formats::{ModelSource, StoredTensor};
 use elapid_models::{LanguageModel, LayerState, MambaConfig, State};
 use elapid_ops::blocks::Encoding;
 use elapid_ops::mamba_step::Stretch;
 use elapid_tensor::{Device, Sequences, Tensor};
 
 use crate::runner::{LOGITS_AT_ONCE, check_call};
-use crate::{Error, Logits, Receiver, Result, Runner};
+use crate::{Checked, Error, Logits, Receiver, Result, Rows, Runner};
 use pool::Pool;
 use step::{LayerPlace, Scratch, Sizes};
 use weights::Weights;
@@ -37,42 +38,87 @@ pub struct CpuEngine {
     scratch: Option<Scratch>,
 }
 
+/// How an engine is made of a model on disk.
+pub struct Loading<'a> {
+    /// What projections and embedding are converted to; none to use them as they are stored. A matrix whose rows are
+    /// no whole blocks of it gets `q8_0`, or f32.
+    pub encoding: Option<Encoding>,
+    /// Threads, this one among them.
+    pub threads: usize,
+    /// Output rows of each weight to compare with the f64 reference; none to compare nothing. That all weights are
+    /// finite is looked at in any case.
+    pub check: Option<Rows>,
+    /// Is told how many bytes of how many have been read. It may begin anew once all are converted.
+    pub progress: &'a mut dyn FnMut(u64, u64),
+}
+
 impl CpuEngine {
-    /// An engine for a model on disk on `threads` threads. Projections and embedding are converted to `encoding`, or
-    /// used as they are stored if there is none; a matrix whose rows are no whole blocks of it gets `q8_0`, or f32.
+    /// An engine for a model on disk, unchecked but for finite weights; see [`CpuEngine::load`].
     ///
     /// # Errors
-    /// If a parameter that is read (all that are not used as stored) is not finite, there is no memory, or the system
-    /// gives no threads.
+    /// As [`CpuEngine::load`].
     pub fn from_source(
         source: &ModelSource,
         encoding: Option<Encoding>,
         threads: usize,
     ) -> Result<Self> {
-        let weights = Weights::from_source(source, encoding)?;
-        Self::build(source.config(), weights, threads)
+        let loading = Loading { encoding, threads, check: None, progress: &mut |_, _| {} };
+        Ok(Self::load(source, loading)?.0)
+    }
+
+    /// An engine for a model on disk, and what was compared. Weights that stay as they are stored are read once and
+    /// used where the file is mapped.
+    ///
+    /// # Errors
+    /// [`Error::Weight`] if a weight is not finite, [`Error::SelfCheck`] if one, or a kernel, is wrong; if there is no
+    /// memory, or the system gives no threads.
+    pub fn load(source: &ModelSource, loading: Loading<'_>) -> Result<(Self, Checked)> {
+        let Loading { encoding, threads, check, progress } = loading;
+        let mut pool = pool(threads)?;
+        let weights = Weights::from_source(source, encoding, &mut pool, progress)?;
+        let mut engine = Self::new(source.config(), weights, pool);
+        let checked = match check {
+            Some(rows) => engine.check(source, rows, progress)?,
+            None => {
+                engine.check_finite(progress)?;
+                Checked::default()
+            }
+        };
+        Ok((engine, checked))
     }
 
     /// An engine for a model in memory, whose parameters are copied.
     ///
     /// # Errors
-    /// As [`CpuEngine::from_source`].
+    /// If a parameter is not finite where it is read, there is no memory, or the system gives no threads.
     pub fn from_model(
         model: &mut LanguageModel,
         encoding: Option<Encoding>,
         threads: usize,
     ) -> Result<Self> {
-        let weights = Weights::from_model(model, encoding)?;
-        Self::build(model.config(), weights, threads)
+        let mut pool = pool(threads)?;
+        let weights = Weights::from_model(model, encoding, &mut pool)?;
+        Ok(Self::new(model.config(), weights, pool))
     }
 
-    fn build(config: &MambaConfig, weights: Weights, threads: usize) -> Result<Self> {
-        let pool = Pool::new(threads).map_err(|error| Error::Option {
-            name: "threads",
-            expected: "as many as the system gives",
-            found: format!("{threads} ({error})"),
-        })?;
-        Ok(Self { config: config.clone(), weights, pool, scratch: None })
+    /// An engine for tensors that `get` makes, each asked for once by its name in the Hugging Face layout, so that no
+    /// more than one need be held in another encoding than the engine's.
+    ///
+    /// # Errors
+    /// As [`CpuEngine::from_model`]; also if a tensor is missing or of another size than the configuration says.
+    pub fn from_tensors(
+        config: &MambaConfig,
+        get: &dyn Fn(&str) -> Option<StoredTensor>,
+        encoding: Option<Encoding>,
+        threads: usize,
+    ) -> Result<Self> {
+        let mut pool = pool(threads)?;
+        let weights = Weights::from_tensors(config, get, encoding, &mut pool)?;
+        Ok(Self::new(config, weights, pool))
+    }
+
+    fn new(config: &MambaConfig, weights: Weights, pool: Pool) -> Self {
+        Self { config: config.clone(), weights, pool, scratch: None }
     }
 
     /// How many threads take part.
@@ -114,6 +160,14 @@ impl CpuEngine {
             (SSM_STATE, [slots, e, self.config.d_state]),
         ]
     }
+}
+
+fn pool(threads: usize) -> Result<Pool> {
+    Pool::new(threads).map_err(|error| Error::Option {
+        name: "threads",
+        expected: "as many as the system gives",
+        found: format!("{threads} ({error})"),
+    })
 }
 
 /// Part of a call that goes through the layers at once.

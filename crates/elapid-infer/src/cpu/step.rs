@@ -19,17 +19,17 @@ const GROUP: usize = 8;
 pub(super) struct Scratch {
     tokens: usize,
     /// [T, D]
-    residual: Vec<f32>,
+    pub residual: Vec<f32>,
     /// [T, D]
-    normed: Vec<f32>,
+    pub normed: Vec<f32>,
     /// [T, D]
-    out: Vec<f32>,
+    pub out: Vec<f32>,
     /// [T, E padded]: x, then u, then y.
-    x: Vec<f32>,
+    pub x: Vec<f32>,
     /// [T, E padded]
-    z: Vec<f32>,
+    pub z: Vec<f32>,
     /// [T, R + 2N]
-    projected: Vec<f32>,
+    pub projected: Vec<f32>,
     /// [tokens of a piece, V]
     pub logits: Vec<f32>,
     inputs: Vec<((Encoding, usize), Storage)>,
@@ -111,6 +111,32 @@ pub(super) struct Frame<'a> {
 // SAFETY: threads write disjoint parts between two meetings, as each use below says.
 unsafe impl Sync for Frame<'_> {}
 
+/// The parts of a layer, in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// Residual stream, norm and, in the first layer, the embedding.
+    Norm,
+    InProj,
+    Convolution,
+    XProj,
+    /// The norms of Δ's inputs, B and C, where there are such.
+    PartNorms,
+    Scan,
+    OutProj,
+}
+
+impl Stage {
+    pub(super) const ALL: [Self; 7] = [
+        Self::Norm,
+        Self::InProj,
+        Self::Convolution,
+        Self::XProj,
+        Self::PartNorms,
+        Self::Scan,
+        Self::OutProj,
+    ];
+}
+
 /// Where a layer's state is.
 #[derive(Clone, Copy)]
 pub(super) struct LayerPlace {
@@ -155,69 +181,110 @@ impl Frame<'_> {
         stretches: &[Stretch],
         state: LayerPlace,
     ) {
-        let Sizes { d, e, .. } = self.sizes;
-        for token in member.share(tokens) {
-            // SAFETY: these rows are this thread's until the meeting; `out` was written before the last one.
-            unsafe {
-                let residual = slice(self.residual, token, d);
-                let out = match ids {
-                    Some(ids) => {
-                        self.embed(ids[token], residual);
-                        None
-                    }
-                    None => Some(&*slice(self.out, token, d)),
-                };
-                layer.norm.run(out, residual, slice(self.normed, token, d));
-                self.round_row(&layer.in_proj, self.normed, token);
+        for stage in Stage::ALL {
+            if stage == Stage::PartNorms && self.weights.rms_eps.is_none() {
+                continue;
+            }
+            // SAFETY: the caller's; the stages follow each other, with meetings where threads need what others wrote.
+            unsafe { self.stage(stage, member, layer, ids, tokens, stretches, state) };
+            if stage != Stage::InProj {
+                member.wait();
             }
         }
-        member.wait();
+    }
 
-        let own = channels(member, e);
-        // SAFETY: the normed rows are only read now; channels of x, z and the state are this thread's.
-        unsafe {
-            let gates = e + own.start..e + own.end;
-            let x = Rows { pointer: self.x.pointer.add(own.start), ..self.x };
-            let z = Rows { pointer: self.z.pointer.add(own.start), ..self.z };
-            self.project(&layer.in_proj, self.normed, tokens, own.clone(), x);
-            self.project(&layer.in_proj, self.normed, tokens, gates, z);
-            layer.convolution.run(own.clone(), stretches, self.x, state.conv);
-        }
-        member.wait();
-        // SAFETY: u was written before the meeting and is only read now.
-        unsafe { self.round(member, &layer.x_proj, self.x, tokens) };
-        let rows = share_rows(member, layer.x_proj.rows);
-        // SAFETY: u is only read now; these rows of the projection are this thread's.
-        unsafe {
-            let to = Rows { pointer: self.projected.pointer.add(rows.start), ..self.projected };
-            self.project(&layer.x_proj, self.x, tokens, rows, to);
-        }
-        member.wait();
-        if let Some(eps) = self.weights.rms_eps {
-            let Sizes { projected, rank, states, .. } = self.sizes;
-            for token in member.share(tokens) {
-                // SAFETY: these rows are this thread's until the next meeting.
-                let row = unsafe { slice(self.projected, token, projected) };
-                let (dt, bc) = row.split_at_mut(rank);
-                let (b, c) = bc.split_at_mut(states);
-                for part in [dt, b, c] {
-                    rms(part, eps);
+    /// One stage of a layer. Between two of them all threads must meet, but for the convolution, whose channels are
+    /// those that the thread has just projected.
+    ///
+    /// # Safety
+    /// As [`Frame::layers`], and the stages before must have been carried out.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) unsafe fn stage(
+        &self,
+        stage: Stage,
+        member: &Member<'_>,
+        layer: &Layer,
+        ids: Option<&[u32]>,
+        tokens: usize,
+        stretches: &[Stretch],
+        state: LayerPlace,
+    ) {
+        let Sizes { d, e, .. } = self.sizes;
+        match stage {
+            Stage::Norm => {
+                for token in member.share(tokens) {
+                    // SAFETY: these rows are this thread's until the meeting; `out` was written before the last one.
+                    unsafe {
+                        let residual = slice(self.residual, token, d);
+                        let out = match ids {
+                            Some(ids) => {
+                                self.embed(ids[token], residual);
+                                None
+                            }
+                            None => Some(&*slice(self.out, token, d)),
+                        };
+                        layer.norm.run(out, residual, slice(self.normed, token, d));
+                        self.round_row(&layer.in_proj, self.normed, token);
+                    }
                 }
             }
-            member.wait();
+            Stage::InProj => {
+                let own = channels(member, e);
+                // SAFETY: the normed rows are only read now; channels of x and z are this thread's.
+                unsafe {
+                    let gates = e + own.start..e + own.end;
+                    let x = Rows { pointer: self.x.pointer.add(own.start), ..self.x };
+                    let z = Rows { pointer: self.z.pointer.add(own.start), ..self.z };
+                    self.project(&layer.in_proj, self.normed, tokens, own, x);
+                    self.project(&layer.in_proj, self.normed, tokens, gates, z);
+                }
+            }
+            Stage::Convolution => {
+                // SAFETY: channels of x and the state are this thread's.
+                unsafe {
+                    layer.convolution.run(channels(member, e), stretches, self.x, state.conv);
+                }
+            }
+            Stage::XProj => {
+                // SAFETY: u is only read now; rows of the projection are this thread's.
+                unsafe {
+                    self.round(member, &layer.x_proj, self.x, tokens);
+                    let rows = share_rows(member, layer.x_proj.rows);
+                    let pointer = self.projected.pointer.add(rows.start);
+                    let to = Rows { pointer, ..self.projected };
+                    self.project(&layer.x_proj, self.x, tokens, rows, to);
+                }
+            }
+            Stage::PartNorms => {
+                let Sizes { projected, rank, states, .. } = self.sizes;
+                let Some(eps) = self.weights.rms_eps else { return };
+                for token in member.share(tokens) {
+                    // SAFETY: these rows are this thread's until the next meeting.
+                    let row = unsafe { slice(self.projected, token, projected) };
+                    let (dt, bc) = row.split_at_mut(rank);
+                    let (b, c) = bc.split_at_mut(states);
+                    for part in [dt, b, c] {
+                        rms(part, eps);
+                    }
+                }
+            }
+            Stage::Scan => {
+                let own = channels(member, e);
+                // SAFETY: the projection is only read now; channels of u, z and the state are this thread's.
+                unsafe {
+                    layer.scan.run(own, stretches, self.x, self.z, self.projected, state.ssm);
+                }
+            }
+            Stage::OutProj => {
+                // SAFETY: y was written before the meeting and is only read now; rows of the output are this thread's.
+                unsafe {
+                    self.round(member, &layer.out_proj, self.x, tokens);
+                    let rows = share_rows(member, d);
+                    let to = Rows { pointer: self.out.pointer.add(rows.start), ..self.out };
+                    self.project(&layer.out_proj, self.x, tokens, rows, to);
+                }
+            }
         }
-        // SAFETY: the projection is only read now; channels of u, z and the state are this thread's.
-        unsafe { layer.scan.run(own, stretches, self.x, self.z, self.projected, state.ssm) };
-        member.wait();
-        // SAFETY: y was written before the meeting and is only read now.
-        unsafe { self.round(member, &layer.out_proj, self.x, tokens) };
-        let rows = share_rows(member, d);
-        // SAFETY: y is only read now; these rows of the output are this thread's.
-        unsafe {
-            let to = Rows { pointer: self.out.pointer.add(rows.start), ..self.out };
-            self.project(&layer.out_proj, self.x, tokens, rows, to);
-        }
-        member.wait();
     }
 
     /// Logits of the tokens `wanted`, after [`Frame::layers`].

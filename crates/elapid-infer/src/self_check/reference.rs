@@ -1,9 +1,13 @@
 //! The computation of a Mamba language model in plain f64 loops, one module after the other, each from the
 //! activations that the pass had before it: so an error shows where it is made, not where it ends.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use elapid_models::MambaConfig;
+use elapid_ops::blocks::Encoding;
+use elapid_ops::quantized_linear::rounding_block;
 use elapid_tensor::{DType, Tensor};
 
 use super::{Checked, Rows, Trace};
@@ -18,9 +22,37 @@ fn tolerance(compute: DType) -> f64 {
     }
 }
 
-pub(super) struct Reference<'a> {
+/// Parameters by their names in the Hugging Face layout, as f32.
+pub(crate) trait Parameters {
+    /// Number of elements; none if there is no such parameter.
+    fn elements(&self, name: &str) -> Option<usize>;
+
+    /// Elements of one that is there.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    fn read(&self, name: &str, range: Range<usize>) -> Result<Cow<'_, [f32]>>;
+
+    /// How the weight of a product is stored, which says how its inputs are rounded.
+    fn encoding(&self, _name: &str) -> Encoding {
+        Encoding::F32
+    }
+}
+
+impl Parameters for BTreeMap<String, Tensor> {
+    fn elements(&self, name: &str) -> Option<usize> {
+        self.get(name).map(Tensor::elements)
+    }
+
+    fn read(&self, name: &str, range: Range<usize>) -> Result<Cow<'_, [f32]>> {
+        let values = self.get(name).ok_or_else(|| missing(name))?.data::<f32>()?;
+        Ok(Cow::Borrowed(&values[range]))
+    }
+}
+
+pub(crate) struct Reference<'a> {
     config: &'a MambaConfig,
-    weights: &'a BTreeMap<String, Tensor>,
+    weights: &'a dyn Parameters,
     trace: &'a Trace,
     tolerance: f64,
     rows: Rows,
@@ -29,9 +61,9 @@ pub(super) struct Reference<'a> {
 }
 
 impl<'a> Reference<'a> {
-    pub(super) fn new(
+    pub(crate) fn new(
         config: &'a MambaConfig,
-        weights: &'a BTreeMap<String, Tensor>,
+        weights: &'a dyn Parameters,
         trace: &'a Trace,
         compute: DType,
         rows: Rows,
@@ -40,15 +72,15 @@ impl<'a> Reference<'a> {
         Self { config, weights, trace, tolerance, rows, layer: 0, checked: Checked::default() }
     }
 
-    pub(super) fn run(&mut self, tokens: &[u32]) -> Result<()> {
+    pub(crate) fn run(&mut self, tokens: &[u32]) -> Result<()> {
         let d = self.config.d_model;
         const EMBEDDINGS: &str = "backbone.embeddings";
         let name = format!("{EMBEDDINGS}.weight");
-        let table = self.weight(&name)?;
         let found = (EMBEDDINGS, self.values(EMBEDDINGS)?);
         for (t, id) in tokens.iter().enumerate() {
+            let row = self.part(&name, *id as usize * d..(*id as usize + 1) * d)?;
             for c in 0..d {
-                let expected = f64::from(table[*id as usize * d + c]);
+                let expected = f64::from(row[c]);
                 self.same(&name, found, t * d + c, expected, expected.abs())?;
             }
         }
@@ -75,15 +107,25 @@ impl<'a> Reference<'a> {
         self.linear(head, None, last, d, "logits")
     }
 
-    fn weight(&self, name: &str) -> Result<&'a [f32]> {
-        match self.weights.get(name) {
-            Some(tensor) => Ok(tensor.data::<f32>()?),
-            None => Err(missing(name)),
-        }
+    /// A whole parameter.
+    fn weight(&self, name: &str) -> Result<Cow<'a, [f32]>> {
+        self.part(name, 0..self.elements(name)?)
     }
 
-    fn optional(&self, name: &str) -> Result<Option<&'a [f32]>> {
-        self.weights.get(name).map(|tensor| Ok(tensor.data::<f32>()?)).transpose()
+    fn part(&self, name: &str, range: Range<usize>) -> Result<Cow<'a, [f32]>> {
+        if range.end > self.elements(name)? {
+            return Err(missing(name));
+        }
+        self.weights.read(name, range)
+    }
+
+    fn elements(&self, name: &str) -> Result<usize> {
+        self.weights.elements(name).ok_or_else(|| missing(name))
+    }
+
+    /// A parameter that not every model has.
+    fn optional(&self, name: &str) -> Result<Option<Cow<'a, [f32]>>> {
+        self.weights.elements(name).map(|count| self.weights.read(name, 0..count)).transpose()
     }
 
     fn values(&self, name: &str) -> Result<&'a [f64]> {
@@ -149,12 +191,12 @@ impl<'a> Reference<'a> {
         let bias = self.optional(&format!("{name}.bias"))?;
         let found = (name, self.values(name)?);
         for (t, x) in x.chunks(d).enumerate() {
-            let mean = bias.map_or(0.0, |_| x.iter().sum::<f64>() / d as f64);
+            let mean = bias.as_ref().map_or(0.0, |_| x.iter().sum::<f64>() / d as f64);
             let square = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / d as f64;
             let scale = 1.0 / (square + self.config.norm_eps).sqrt();
             for (c, x) in x.iter().enumerate() {
                 let normed = (x - mean) * scale * f64::from(weight[c]);
-                let b = bias.map_or(0.0, |bias| f64::from(bias[c]));
+                let b = bias.as_ref().map_or(0.0, |bias| f64::from(bias[c]));
                 let size = (x.abs() + mean.abs()) * scale * f64::from(weight[c]).abs() + b.abs();
                 // Each value is as exact as the norm of all is.
                 self.same(&weight_name, found, t * d + c, normed + b, size + 1e-6)?;
@@ -172,14 +214,14 @@ impl<'a> Reference<'a> {
         width: usize,
         output: &str,
     ) -> Result<()> {
-        let weight = self.weight(weight_name)?;
         let bias = bias_name.map_or(Ok(None), |name| self.optional(name))?;
-        let count = weight.len() / width;
+        let count = self.elements(weight_name)? / width;
         let found = (output, self.values(output)?);
+        let rounded = rounded(input, width, rounding_block(self.weights.encoding(weight_name)));
         for row in self.rows.of(count, self.layer) {
-            let w = &weight[row * width..][..width];
-            let b = bias.map_or(0.0, |bias| f64::from(bias[row]));
-            for (t, x) in input.chunks(width).enumerate() {
+            let w = self.part(weight_name, row * width..(row + 1) * width)?;
+            let b = bias.as_ref().map_or(0.0, |bias| f64::from(bias[row]));
+            for (t, x) in rounded.chunks(width).enumerate() {
                 let (mut sum, mut size) = (b, b.abs());
                 for (w, x) in w.iter().zip(x) {
                     let product = f64::from(*w) * x;
@@ -203,8 +245,11 @@ impl<'a> Reference<'a> {
         let u = self.values(&name("conv1d"))?;
         self.linear(&weight("x_proj"), None, u, e, &name("x_proj"))?;
         let parts = self.parts(&name("x_proj"))?;
-        let dt: Vec<f64> = parts.iter().flat_map(|[dt, ..]| dt.iter().copied()).collect();
-        self.linear(&weight("dt_proj"), None, &dt, r, &name("dt_proj"))?;
+        // Where the projection of Δ is part of the scan, its values are not shown.
+        if self.trace.contains_key(&name("dt_proj")) {
+            let dt: Vec<f64> = parts.iter().flat_map(|[dt, ..]| dt.iter().copied()).collect();
+            self.linear(&weight("dt_proj"), None, &dt, r, &name("dt_proj"))?;
+        }
         self.scan(prefix, &parts)?;
         let y = self.values(&name("scan"))?;
         self.linear(&weight("out_proj"), Some(&name("out_proj.bias")), y, e, &name("out_proj"))
@@ -228,18 +273,24 @@ impl<'a> Reference<'a> {
     fn convolution(&mut self, input: &str, output: &str) -> Result<()> {
         let (e, taps) = (self.config.d_inner(), self.config.d_conv);
         let weight_name = format!("{output}.weight");
-        let weight = self.weight(&weight_name)?;
         let bias = self.optional(&format!("{output}.bias"))?;
         let x = self.values(input)?;
+        let before = self.trace.get(&output.replace("conv1d", "conv_state"));
         let found = (output, self.values(output)?);
         for c in self.rows.of(e, self.layer) {
-            let b = bias.map_or(0.0, |bias| f64::from(bias[c]));
+            let weight = self.part(&weight_name, c * taps..(c + 1) * taps)?;
+            let b = bias.as_ref().map_or(0.0, |bias| f64::from(bias[c]));
             for t in 0..x.len() / (2 * e) {
                 let (mut sum, mut size) = (b, b.abs());
-                for back in 0..taps.min(t + 1) {
+                for back in 0..taps {
+                    let x = match (t.checked_sub(back), before) {
+                        (Some(t), _) => x[t * 2 * e + c],
+                        // The state ends with the token before the first.
+                        (None, Some(state)) => state[(c + 1) * (taps - 1) + t - back],
+                        (None, None) => break,
+                    };
                     // The last tap meets the present token.
-                    let product =
-                        f64::from(weight[c * taps + taps - 1 - back]) * x[(t - back) * 2 * e + c];
+                    let product = f64::from(weight[taps - 1 - back]) * x;
                     sum += product;
                     size += product.abs();
                 }
@@ -251,29 +302,48 @@ impl<'a> Reference<'a> {
 
     /// h = exp(Δ A) h + Δ B u; y = (C h + D u) silu(z).
     fn scan(&mut self, prefix: &str, parts: &[[Vec<f64>; 3]]) -> Result<()> {
-        let (e, n) = (self.config.d_inner(), self.config.d_state);
+        let (e, n, r) = (self.config.d_inner(), self.config.d_state, self.config.dt_rank());
         let name = |field: &str| format!("{prefix}.mixer.{field}");
         let a_log_name = name("A_log");
-        let a_log = self.weight(&a_log_name)?;
         let skip = self.weight(&name("D"))?;
         let dt_bias = self.optional(&name("dt_proj.bias"))?;
-        let (u, delta) = (self.values(&name("conv1d"))?, self.values(&name("dt_proj"))?);
+        let u = self.values(&name("conv1d"))?;
+        let projected = self.trace.get(&name("dt_proj"));
+        let before = self.trace.get(&name("ssm_state"));
         let xz = self.values(&name("in_proj"))?;
         let output = name("scan");
         let found = (output.as_str(), self.values(&output)?);
         for c in self.rows.of(e, self.layer) {
-            let mut h = vec![0.0; n];
-            let mut sizes = vec![0.0; n];
-            for (t, [_, b, into]) in parts.iter().enumerate() {
-                let step = delta[t * e + c] + dt_bias.map_or(0.0, |bias| f64::from(bias[c]));
+            let a_log = self.part(&a_log_name, c * n..(c + 1) * n)?;
+            let dt_weight = match projected {
+                Some(_) => None,
+                None => Some(self.part(&name("dt_proj.weight"), c * r..(c + 1) * r)?),
+            };
+            let mut h = before.map_or(vec![0.0; n], |state| state[c * n..(c + 1) * n].to_vec());
+            let mut sizes: Vec<f64> = h.iter().map(|h| h.abs()).collect();
+            for (t, [dt, b, into]) in parts.iter().enumerate() {
+                let mut step = dt_bias.as_ref().map_or(0.0, |bias| f64::from(bias[c]));
+                // An error of Δ is a share of what it was added up from.
+                let mut share = 1.0;
+                match (&dt_weight, projected) {
+                    (Some(weight), _) => {
+                        share += step.abs();
+                        for (w, dt) in weight.iter().zip(dt) {
+                            step += f64::from(*w) * dt;
+                            share += (f64::from(*w) * dt).abs();
+                        }
+                    }
+                    (None, Some(delta)) => step += delta[t * e + c],
+                    (None, None) => {}
+                }
                 let step = if step > 20.0 { step } else { step.exp().ln_1p() };
                 let u = u[t * e + c];
                 let mut y = f64::from(skip[c]) * u;
                 let mut size = y.abs();
                 for s in 0..n {
-                    let decay = (-f64::from(a_log[c * n + s]).exp() * step).exp();
+                    let decay = (-f64::from(a_log[s]).exp() * step).exp();
                     h[s] = decay * h[s] + step * b[s] * u;
-                    sizes[s] = decay * sizes[s] + (step * b[s] * u).abs();
+                    sizes[s] = share * (decay * sizes[s] + (step * b[s] * u).abs());
                     y += into[s] * h[s];
                     size += (into[s] * sizes[s]).abs();
                 }
@@ -283,6 +353,22 @@ impl<'a> Reference<'a> {
         }
         Ok(())
     }
+}
+
+/// Rows of inputs as a product takes them: rounded to eight bits under the scale of each block, ties to even; as
+/// they are for blocks of 0.
+fn rounded(x: &[f64], width: usize, block: usize) -> Cow<'_, [f64]> {
+    if block == 0 {
+        return Cow::Borrowed(x);
+    }
+    let blocks = x.chunks(width).flat_map(|row| row.chunks(block));
+    let values = blocks.flat_map(|x| {
+        let largest = x.iter().fold(0.0f32, |largest, x| largest.max(x.abs() as f32));
+        let (scale, inverse) = (largest / 127.0, 127.0 / largest);
+        let (scale, inverse) = if inverse.is_finite() { (scale, inverse) } else { (0.0, 0.0) };
+        x.iter().map(move |x| f64::from((*x as f32 * inverse).round_ties_even()) * f64::from(scale))
+    });
+    Cow::Owned(values.collect())
 }
 
 fn silu(x: f64) -> f64 {

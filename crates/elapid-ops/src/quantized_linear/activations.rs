@@ -10,8 +10,8 @@ use crate::blocks::Encoding;
 /// Elements whose sum is kept.
 pub(super) const SUM: usize = 32;
 
-/// Elements that share a scale, by the encoding of the weight; 0 for floats.
-pub(super) const fn block(encoding: Encoding) -> usize {
+/// Input elements that share a scale, by the encoding of the weight; 0 for floats, whose inputs are not rounded.
+pub const fn block(encoding: Encoding) -> usize {
     match encoding {
         Encoding::F32 | Encoding::F16 | Encoding::BF16 => 0,
         Encoding::Q8_0 | Encoding::Q4_0 => 32,

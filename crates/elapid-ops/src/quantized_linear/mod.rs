@@ -38,7 +38,7 @@ use rayon::prelude::*;
 
 use crate::blocks::Encoding;
 
-pub use activations::{Activations, Writer};
+pub use activations::{Activations, Writer, block as rounding_block};
 pub use reference::reference;
 
 /// Rows are best shared out in multiples of this.

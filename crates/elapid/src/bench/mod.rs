@@ -21,6 +21,7 @@ use clap::ValueEnum;
 use serde::Serialize;
 
 use inference::Inference;
+pub use inference::Settings as InferenceSettings;
 use limits::{Meter, Survey};
 use sampling::{Figure, Task};
 use scaling::Scaling;
@@ -55,8 +56,8 @@ pub struct Report {
     pub scan_scaling: Option<Scaling>,
     /// The training step.
     pub training: Option<Training>,
-    /// Prefill and decode.
-    pub inference: Option<Inference>,
+    /// Prefill and decode: one for each model and kind of weights.
+    pub inference: Vec<Inference>,
 }
 
 /// Measurement under way.
@@ -82,7 +83,8 @@ impl Bench {
     }
 }
 
-/// Measures `subjects` with `threads` threads, every figure `repeats` times. `quick` takes tiny sizes, which tell that
+/// Measures `subjects` with `threads` threads, every figure `repeats` times, prefill and decode as `settings` say.
+/// `quick` takes tiny sizes, which tell that
 /// everything works but little about the machine.
 ///
 /// # Errors
@@ -93,6 +95,7 @@ pub fn run(
     repeats: usize,
     threads: usize,
     free_bytes: Option<u64>,
+    settings: &InferenceSettings,
 ) -> Result<Report> {
     // Far more than the last cache, and a modest part of what is free.
     let bytes = if quick { 128 << 20 } else { 1 << 30 };
@@ -125,9 +128,9 @@ pub fn run(
     let (decode, prefill) = (wanted(Subject::Decode), wanted(Subject::Prefill));
     let inference = if decode || prefill {
         eprintln!("inference");
-        Some(inference::run(&mut bench, decode, prefill)?)
+        inference::run(&mut bench, decode, prefill, threads, settings)?
     } else {
-        None
+        Vec::new()
     };
     bench.meter.survey_again(&mut limits);
     Ok(Report {

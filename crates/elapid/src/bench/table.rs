@@ -74,11 +74,13 @@ pub fn text(report: &Report) -> String {
             bytes(training.tensor_peak_bytes as u64)
         );
     }
-    if let Some(inference) = &report.inference {
+    for inference in &report.inference {
+        let peak = inference.process_peak_bytes.map_or("unknown".into(), bytes);
         let _ = writeln!(
             text,
-            "{}: {} of weights and {} of state a sequence",
+            "{} in {}: {} of weights and {} of state a sequence, peak memory {peak}",
             inference.model,
+            inference.weights,
             bytes(inference.weight_bytes as u64),
             bytes(inference.state_bytes as u64)
         );

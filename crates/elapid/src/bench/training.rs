@@ -85,7 +85,7 @@ pub fn run(bench: &mut Bench) -> Result<Training> {
 }
 
 /// Starts the process's own measurement of its peak anew; false where that cannot be done.
-fn reset_process_peak() -> bool {
+pub fn reset_process_peak() -> bool {
     // "5" resets the high-water mark and nothing else (proc_pid_clear_refs(5)).
     cfg!(target_os = "linux") && std::fs::write("/proc/self/clear_refs", "5").is_ok()
 }

@@ -4,14 +4,15 @@
 use anyhow::Result;
 use clap::Args;
 use clap::ValueEnum as _;
-use elapid_ops::decode_step::Encoding;
+use elapid_ops::blocks::Encoding;
+use elapid_ops::decode_step;
 use elapid_tensor::cuda::Gpu;
 use elapid_tensor::{DType, Device};
 use serde::Serialize;
 
 use super::doctor::machine::Machine;
 use crate::bench::gpu::{self, ModelShape, Settings};
-use crate::bench::{self, Subject};
+use crate::bench::{self, InferenceSettings, Subject};
 use crate::cli::{Choice, Global, JsonArgument};
 use crate::exit::Usage;
 use crate::output::print_json;
@@ -22,7 +23,8 @@ Examples:
   elapid bench train                  tokens a second and memory of a training step
   elapid bench ops scan --json        single operations, raw figures on stdout
   elapid bench --quick                tiny sizes, some seconds: does everything run?
-  elapid bench decode --threads 1
+  elapid bench decode --threads 1     generating, in each kind of weights
+  elapid bench decode prefill --model-shape 370m --weights bf16,q8_0 --batch 1,8,32 --prompt-tokens 16,512
   elapid bench --device cuda          the same work on a GPU, some minutes
   elapid bench train --device cuda --model-shape 130m --model-shape 1.4b:8x2048
   elapid bench decode --device cuda --model-shape 370m --batch 1,32 --weights q8_0
@@ -45,17 +47,21 @@ pub struct Arguments {
     /// Times each figure is taken; the median counts [default: 9, quick 3]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1000))]
     repeats: Option<u16>,
-    /// Model that `train` and `decode` take on a GPU, and train's batch (S sequences of L tokens): 130m, 370m, 1.4b, .., bytes, tiny;
-    /// `:keep` behind it keeps activations rather than make them again; several times for several [default: bytes,
-    /// 130m, 370m, 1.4b with 8 and with 16 sequences]
+    /// Model that `decode` takes, `prefill` too on the CPU, `train` on a GPU, and train's batch (S sequences of L
+    /// tokens): 130m, 370m, 1.4b, .., bytes, tiny; `:keep` behind it keeps activations rather than make them again;
+    /// several times for several [default: 130m; train: bytes, 130m, 370m, 1.4b with 8 and with 16 sequences]
     #[arg(long, value_name = "NAME[:SxL][:keep]")]
     model_shape: Vec<ModelShape>,
-    /// Sequences of a decode step on a GPU [default: 1,8,32,64,128,256]
+    /// Sequences of a decode step [default: 1,8,32; on a GPU also 64,128,256]
     #[arg(long, value_name = "N", value_delimiter = ',', value_parser = batch)]
     batch: Vec<usize>,
-    /// Weights of decode steps on a GPU: bf16, q8_0 [default: both]
-    #[arg(long, value_name = "TYPE", value_delimiter = ',')]
+    /// How `decode`, and `prefill` on the CPU, hold projections and embedding: f32, bf16, f16, q8_0, q4_0, q4_k, q6_k
+    /// [default: all but q6_k]; on a GPU bf16, q8_0 [default: both]
+    #[arg(long, value_name = "TYPE", value_delimiter = ',', value_parser = encoding)]
     weights: Vec<Encoding>,
+    /// Tokens of a prompt that `prefill` reads on the CPU [default: 512]
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = batch)]
+    prompt_tokens: Vec<usize>,
     #[command(flatten)]
     json: JsonArgument,
 }
@@ -81,8 +87,12 @@ struct Document<R> {
 fn batch(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(count @ 1..=65536) => Ok(count),
-        _ => Err(format!("{text:?}: expected a number of sequences from 1 to 65536")),
+        _ => Err(format!("{text:?}: expected a number from 1 to 65536")),
     }
+}
+
+fn encoding(text: &str) -> Result<Encoding, String> {
+    text.parse::<Encoding>().map_err(|error| error.to_string())
 }
 
 /// Measures and reports.
@@ -97,22 +107,27 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
 }
 
 fn on_cpu(arguments: &Arguments, global: &Global) -> Result<()> {
-    let given = [
-        ("--model-shape", arguments.model_shape.is_empty()),
-        ("--batch", arguments.batch.is_empty()),
-        ("--weights", arguments.weights.is_empty()),
-    ];
-    if let Some((option, _)) = given.iter().find(|(_, absent)| !absent) {
-        return Err(Usage::new(format!("{option} is for a GPU: add --device cuda")).into());
-    }
     if let Some(dtype) = global.dtype.filter(|&dtype| dtype != DType::F32) {
-        let message = format!("--dtype {dtype}: the CPU computes in f32 (a GPU: --device cuda)");
+        let message = format!(
+            "--dtype {dtype}: the CPU computes in f32 (weights of decode and prefill: --weights; a GPU: --device cuda)"
+        );
         return Err(Usage::new(message).into());
     }
+    let own = |shape: &ModelShape| {
+        let (name, config) = shape.model();
+        (name.to_owned(), config.clone())
+    };
+    let settings = InferenceSettings {
+        models: arguments.model_shape.iter().map(own).collect(),
+        weights: arguments.weights.clone(),
+        batches: arguments.batch.clone(),
+        prompts: arguments.prompt_tokens.clone(),
+    };
     let machine = Machine::this();
     let threads = rayon::current_num_threads();
     let (document, text) = measured(arguments, machine, |what, repeats, machine| {
-        let report = bench::run(what, arguments.quick, repeats, threads, machine.free_bytes)?;
+        let free = machine.free_bytes;
+        let report = bench::run(what, arguments.quick, repeats, threads, free, &settings)?;
         let text = report.to_text();
         Ok((report, text))
     })?;
@@ -124,6 +139,13 @@ fn on_gpu(arguments: &Arguments, global: &Global, gpu: &Gpu) -> Result<()> {
         let message = "cuda:emulated is for tests and has no speed to measure: add --quick";
         return Err(Usage::new(message).into());
     }
+    if !arguments.prompt_tokens.is_empty() {
+        return Err(Usage::new("--prompt-tokens is for the CPU: leave --device out").into());
+    }
+    let weights = arguments.weights.iter().map(|encoding| encoding.to_string().parse());
+    let weights: Vec<decode_step::Encoding> = weights
+        .collect::<Result<_, _>>()
+        .map_err(|message: String| Usage::new(format!("--weights {message}")))?;
     let (document, text) = measured(arguments, Machine::this(), |subjects, repeats, _| {
         let settings = Settings {
             subjects,
@@ -132,7 +154,7 @@ fn on_gpu(arguments: &Arguments, global: &Global, gpu: &Gpu) -> Result<()> {
             dtype: global.dtype.unwrap_or(DType::BF16),
             models: &arguments.model_shape,
             batches: &arguments.batch,
-            weights: &arguments.weights,
+            weights: &weights,
         };
         let report = gpu::run(gpu, &settings)?;
         let text = report.to_text();

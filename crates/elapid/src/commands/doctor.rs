@@ -7,7 +7,8 @@ mod self_check;
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
-use elapid_infer::{Checked, ModelRunner, Rows, SelfCheck, forward};
+use elapid_infer::{Checked, CpuEngine, Loading, ModelRunner, Rows, SelfCheck, forward};
+use elapid_tensor::Device;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -97,10 +98,25 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
 
 /// Reads every file of a model, runs a few tokens through it, and compares every output row with the reference.
 fn check_model(path: &Path, placement: &Placement) -> Result<Model> {
-    let (mut model, folder) = model_folder::load(path)?;
+    let (source, folder) = model_folder::open(path)?;
+    let mut model = source.load()?;
     let check = SelfCheck::of(&mut model)?;
     model.place(placement.device, placement.dtype)?;
-    let (checked, fault) = match check.check(&mut model, Rows::All) {
+    let outcome = check.check(&mut model, Rows::All).and_then(|of_model| {
+        if placement.device != Device::Cpu {
+            return Ok(of_model);
+        }
+        // What generates here, with the weights as the file has them.
+        let (encoding, threads) = (None, rayon::current_num_threads());
+        let loading =
+            Loading { encoding, threads, check: Some(Rows::All), progress: &mut |_, _| {} };
+        let (_, of_engine) = CpuEngine::load(&source, loading)?;
+        Ok(Checked {
+            values: of_model.values + of_engine.values,
+            worst: of_model.worst.max(of_engine.worst),
+        })
+    });
+    let (checked, fault) = match outcome {
         Ok(checked) => (checked, None),
         Err(error @ elapid_infer::Error::SelfCheck { .. }) => {
             (Checked::default(), Some(error.to_string()))

@@ -8,14 +8,13 @@ use anyhow::{Context, Result};
 use clap::Args;
 use elapid_data::{Documents, SourceOptions};
 use elapid_eval::{Document, Options, Perplexity, Progress, Reading, perplexity};
-use elapid_infer::ModelRunner;
 use serde::Serialize;
 
-use crate::cli::{Global, JsonArgument, ModelArgument};
+use crate::cli::{Global, JsonArgument, ModelArgument, WeightsArgument};
 use crate::exit::Usage;
-use crate::model_folder;
 use crate::output::{Table, grouped, print_json, rate};
 use crate::progress::{Bar, Unit};
+use crate::ready_model::ReadyModel;
 use crate::text_of::TextOf;
 
 const EXAMPLES: &str = "\
@@ -24,6 +23,7 @@ Examples:
   elapid eval --model runs/first --perplexity book.txt.zst --carry-state
   elapid eval --model mamba-130m-hf --perplexity wiki.test.txt --window 2048 --stride 512 --json
   elapid eval --model runs/first --perplexity stories.bin --nul
+  elapid eval --model mamba-130m-hf --weights q4_k --perplexity book.txt   what fewer bits cost
 
 A window of N tokens starts from nothing and moves by M; each token is predicted once, from at least
 N-M+1 tokens (fewer at the beginning of a document). --carry-state predicts it from all tokens before
@@ -61,6 +61,8 @@ pub struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 2048)]
     chunk: usize,
     #[command(flatten)]
+    weights: WeightsArgument,
+    #[command(flatten)]
     json: JsonArgument,
 }
 
@@ -92,9 +94,9 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
         ..SourceOptions::new(&arguments.perplexity)
     };
     let texts = Documents::load(&source)?;
-    let (mut model, folder) = model_folder::load(&arguments.model.model)?;
-    placement.place(&mut model)?;
-    let text_of = TextOf::model(&folder, model.config(), arguments.tokenizer.as_deref())?;
+    let weights = arguments.weights.weights;
+    let mut ready = ReadyModel::open(&arguments.model.model, &placement, weights)?;
+    let text_of = TextOf::model(ready.folder(), ready.config(), arguments.tokenizer.as_deref())?;
     let tokenizer = text_of.tokenizer()?;
     // Bytes are their own ids, and stay in the mapped file.
     let encoded = match tokenizer.is_bytes() {
@@ -127,30 +129,31 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
 
     let started = Instant::now();
     let mut bar = Bar::new("evaluating", Unit::Tokens, 0, 0);
-    let found = perplexity(&mut ModelRunner::new(&model), &documents, &options, &mut |progress| {
-        let Progress { done, all } = progress;
+    let mut show = |Progress { done, all }| {
         bar.of(done, all);
         ControlFlow::Continue(())
-    });
+    };
+    let found = ready
+        .with(|runner| perplexity(runner, &documents, &options, &mut show).map_err(as_option))?;
     drop(bar);
-    let found = found.map_err(as_option)?;
     let seconds = started.elapsed().as_secs_f64();
     if arguments.json.json {
         return print_json(&Report {
-            model: folder.display().to_string(),
+            model: ready.folder().display().to_string(),
             reading,
             perplexity: found,
             seconds,
             device: placement.device.to_string(),
-            dtype: placement.dtype.to_string(),
+            dtype: ready.dtype(),
         });
     }
     print!("{}", table(&found, reading));
     eprintln!(
-        "{} tokens predicted at {} tokens/s · {}",
+        "{} tokens predicted at {} tokens/s · {} in {}",
         grouped(found.predicted),
         rate(found.predicted as f64 / seconds.max(1e-9)),
-        placement.device
+        placement.device,
+        ready.dtype()
     );
     Ok(())
 }

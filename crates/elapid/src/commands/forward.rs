@@ -7,23 +7,24 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Args;
-use elapid_formats::{Fingerprint, atomic, load_state, save_state};
-use elapid_infer::{ModelRunner, forward};
-use elapid_models::{LanguageModel, State};
+use elapid_formats::{atomic, load_continuation_checked, save_state};
+use elapid_infer::{Runner, forward};
+use elapid_models::State;
 use elapid_tensor::Tensor;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use crate::cli::{Global, JsonArgument, ModelArgument};
+use crate::cli::{Global, JsonArgument, ModelArgument, WeightsArgument};
 use crate::exit::Usage;
-use crate::model_folder;
 use crate::output::{grouped, print_json, rate};
+use crate::ready_model::ReadyModel;
 
 const EXAMPLES: &str = "\
 Examples:
   echo '[72, 101, 108, 108, 111]' > ids.json
   elapid forward --model runs/first --tokens ids.json --out logits.safetensors
   elapid forward --model runs/first --tokens two-sequences.json --out l.safetensors --state-out s.state
+  elapid forward --model mamba-130m-hf --weights q4_k --tokens ids.json --out q4.safetensors
 
 FILE.json is an array of token ids, or an array of such arrays for several sequences.
 The output has logits [T, V] (f32; all tokens of all sequences end to end, padding rows of the
@@ -52,6 +53,8 @@ pub struct Arguments {
     #[arg(long, value_name = "N", default_value = "2048", value_parser = clap::value_parser!(u32).range(1..))]
     chunk: u32,
     #[command(flatten)]
+    weights: WeightsArgument,
+    #[command(flatten)]
     json: JsonArgument,
 }
 
@@ -67,36 +70,47 @@ enum Tokens {
 pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     let placement = global.placement()?;
     let sequences = read_tokens(&arguments.tokens)?;
-    let (mut model, _) = model_folder::load(&arguments.model.model)?;
-    let fingerprint = Fingerprint::of_model(&mut model)?;
-    placement.place(&mut model)?;
-    let state = match &arguments.state_in {
-        Some(path) => Some(load_state(path, &model, &fingerprint)?),
-        None => None,
+    let weights = arguments.weights.weights;
+    let mut ready = ReadyModel::open(&arguments.model.model, &placement, weights)?;
+    let fingerprint = match (&arguments.state_in, &arguments.state_out) {
+        (None, None) => None,
+        _ => Some(ready.fingerprint()?),
     };
     let tokens: usize = sequences.iter().map(Vec::len).sum();
     let started = std::time::Instant::now();
     let mut failed = None;
-    let written = atomic::write_file(&arguments.out, |out| {
-        write(out, &model, &sequences, state, arguments.chunk as usize).map_err(|error| {
-            // The atomic writer speaks of io errors; the real one is kept beside it.
-            let kind =
-                error.downcast_ref::<io::Error>().map_or(io::ErrorKind::Other, io::Error::kind);
-            let text = error.to_string();
-            failed = Some(error);
-            io::Error::new(kind, text)
-        })
-    });
-    let state = match (written, failed) {
-        (Ok(state), _) => state,
-        (Err(_), Some(error)) if !error.is::<io::Error>() => return Err(error),
-        (Err(error), _) => return Err(error.into()),
-    };
+    let state = ready.with(|runner| {
+        let state = match (&arguments.state_in, &fingerprint) {
+            (Some(path), Some(fingerprint)) => {
+                let check =
+                    |state: &State| runner.check_state(state).map_err(|error| error.to_string());
+                let config = runner.config();
+                Some(load_continuation_checked(path, config, fingerprint, &check)?.0)
+            }
+            _ => None,
+        };
+        let written = atomic::write_file(&arguments.out, |out| {
+            let chunk = arguments.chunk as usize;
+            write(out, runner, &sequences, state, chunk).map_err(|error| {
+                // The atomic writer speaks of io errors; the real one is kept beside it.
+                let kind =
+                    error.downcast_ref::<io::Error>().map_or(io::ErrorKind::Other, io::Error::kind);
+                let text = error.to_string();
+                failed = Some(error);
+                io::Error::new(kind, text)
+            })
+        });
+        match (written, failed) {
+            (Ok(state), _) => Ok(state),
+            (Err(_), Some(error)) if !error.is::<io::Error>() => Err(error),
+            (Err(error), _) => Err(error.into()),
+        }
+    })?;
     let seconds = started.elapsed().as_secs_f64();
-    if let Some(path) = &arguments.state_out {
-        save_state(path, &state, &fingerprint).context("the states were not saved")?;
+    if let (Some(path), Some(fingerprint)) = (&arguments.state_out, &fingerprint) {
+        save_state(path, &state, fingerprint).context("the states were not saved")?;
     }
-    let vocabulary = model.config().padded_vocab_size();
+    let vocabulary = ready.config().padded_vocab_size();
     if arguments.json.json {
         return print_json(&json!({
             "out": arguments.out.display().to_string(),
@@ -105,18 +119,19 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
             "vocabulary": vocabulary,
             "seconds": seconds,
             "device": placement.device.to_string(),
-            "dtype": placement.dtype.to_string(),
+            "dtype": ready.dtype(),
         }));
     }
     eprintln!(
-        "wrote logits [{tokens}, {vocabulary}] and the states of {} to {} · {} tokens/s on {}",
+        "wrote logits [{tokens}, {vocabulary}] and the states of {} to {} · {} tokens/s on {} in {}",
         match sequences.len() {
             1 => "1 sequence".into(),
             count => format!("{} sequences", grouped(count as u64)),
         },
         arguments.out.display(),
         rate(tokens as f64 / seconds.max(1e-9)),
-        placement.device
+        placement.device,
+        ready.dtype()
     );
     Ok(())
 }
@@ -137,18 +152,16 @@ fn read_tokens(path: &Path) -> Result<Vec<Vec<u32>>> {
 /// Writes logits as they come, then the states.
 fn write(
     out: &mut dyn Write,
-    model: &LanguageModel,
+    runner: &mut dyn Runner,
     sequences: &[Vec<u32>],
     state: Option<State>,
     chunk: usize,
 ) -> Result<State> {
     let tokens: usize = sequences.iter().map(Vec::len).sum();
-    out.write_all(&header(model, sequences.len(), tokens)?)?;
+    out.write_all(&header(runner, sequences.len(), tokens)?)?;
     let mut bytes = Vec::new();
-    let mut runner = ModelRunner::new(model);
-    let state = forward(&mut runner, sequences, state, chunk, |piece| {
-        write_f32(out, piece.logits, &mut bytes)
-    })?;
+    let state =
+        forward(runner, sequences, state, chunk, |piece| write_f32(out, piece.logits, &mut bytes))?;
     for layer in &state.layers {
         for (_, tensor) in sorted(layer.iter()) {
             write_f32(out, &tensor.to_vec::<f32>()?, &mut bytes)?;
@@ -173,7 +186,7 @@ fn sorted<'a>(tensors: impl Iterator<Item = (&'a str, &'a Tensor)>) -> Vec<(&'a 
 }
 
 /// The safetensors header: every size is known before the first logit is.
-fn header(model: &LanguageModel, slots: usize, tokens: usize) -> Result<Vec<u8>> {
+fn header(runner: &dyn Runner, slots: usize, tokens: usize) -> Result<Vec<u8>> {
     let mut map = Map::new();
     map.insert("__metadata__".into(), json!({ "format": "pt", "made_by": "elapid forward" }));
     let mut offset = 0u64;
@@ -187,10 +200,11 @@ fn header(model: &LanguageModel, slots: usize, tokens: usize) -> Result<Vec<u8>>
         offset = end;
         Ok(())
     };
-    add("logits".into(), &[tokens, model.config().padded_vocab_size()])?;
-    for (i, mut shapes) in model.state_shapes(slots).into_iter().enumerate() {
-        shapes.sort_unstable_by_key(|&(name, _)| name);
-        for (name, shape) in shapes {
+    add("logits".into(), &[tokens, runner.config().padded_vocab_size()])?;
+    for (i, layer) in runner.fresh_state(1)?.layers.iter().enumerate() {
+        for (name, tensor) in sorted(layer.iter()) {
+            let mut shape = tensor.shape().to_vec();
+            shape[0] = slots;
             add(format!("layers.{i}.{name}"), &shape)?;
         }
     }

@@ -2,6 +2,7 @@
 
 mod many;
 
+use std::fmt;
 use std::fs;
 use std::io::{self, IsTerminal, Read, Write};
 use std::ops::ControlFlow;
@@ -10,21 +11,18 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use clap::{ArgGroup, Args};
-use elapid_formats::{Fingerprint, load_continuation, save_continuation};
+use elapid_formats::{Fingerprint, load_continuation_checked, save_continuation};
 use elapid_infer::{
-    CpuEngine, Event, Finish, Generated, GpuEngine, ModelRunner, Options, Request, Runner,
-    Sampling, Timing, forward, generate,
+    Event, Finish, Generated, Options, Request, Runner, Sampling, Timing, forward, generate,
 };
-use elapid_models::{LanguageModel, State};
-use elapid_ops::blocks::Encoding;
-use elapid_ops::decode_step;
-use elapid_tensor::{DType, Device, Tensor};
+use elapid_models::State;
+use elapid_tensor::{Device, Tensor};
 use serde::Serialize;
 
-use crate::cli::{Global, JsonArgument, ModelArgument, Placement};
+use crate::cli::{Global, JsonArgument, ModelArgument, WeightsArgument};
 use crate::exit::Usage;
-use crate::model_folder;
 use crate::output::{grouped, print_json, rate};
+use crate::ready_model::ReadyModel;
 use crate::text_of::TextOf;
 
 const EXAMPLES: &str = "\
@@ -90,16 +88,14 @@ pub struct Arguments {
     /// tokenizer.json, a folder with one, or OWNER/NAME on the hub, instead of the model's own
     #[arg(long, value_name = "PATH")]
     tokenizer: Option<PathBuf>,
-    /// Hold projections and embedding so and run the decode engine over them: on the CPU f32, bf16, f16, q8_0, q4_0,
-    /// q4_k, q6_k; on a GPU, with --dtype bf16, bf16 or q8_0
-    #[arg(long, value_name = "TYPE", help_heading = "Machine", value_parser = encoding)]
-    weights: Option<Encoding>,
     /// Go on from this state
     #[arg(long, value_name = "FILE", help_heading = "State")]
     state_in: Option<PathBuf>,
     /// Save the state that has read the prompt and all that was generated
     #[arg(long, value_name = "FILE", help_heading = "State")]
     state_out: Option<PathBuf>,
+    #[command(flatten)]
+    weights: WeightsArgument,
     #[command(flatten)]
     json: JsonArgument,
     #[command(flatten)]
@@ -176,34 +172,62 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     elapid_infer::StopStrings::new(&options.stop).map_err(as_option)?;
 
     let placement = global.placement()?;
-    if let Some(weights) = arguments.weights {
-        check_weights(weights, &placement)?;
-    }
-    let (mut model, folder) = model_folder::load(&arguments.model.model)?;
-    let text = TextOf::model(&folder, model.config(), arguments.tokenizer.as_deref())?;
+    let weights = arguments.weights.weights;
+    let mut ready = ReadyModel::open(&arguments.model.model, &placement, weights)?;
+    let place = Place { device: placement.device.to_string(), dtype: ready.dtype() };
+    let text = TextOf::model(ready.folder(), ready.config(), arguments.tokenizer.as_deref())?;
     options.tokenizer = text.tokenizer.clone();
     if !arguments.ignore_eos {
         options.end_of_sequence = text.end_of_sequence.clone();
     }
-    let with_text = text.tokenizer.is_some();
     if let Some(path) = &arguments.prompts {
-        placement.place(&mut model)?;
-        let mut ready = Ready::new(&mut model, arguments.weights, &placement)?;
         let json =
             arguments.jsonl || path.extension().is_some_and(|extension| extension == "jsonl");
         let encode = |prompt: &str| encode(prompt.as_bytes(), &text, true);
         let jobs = many::jobs(path, json, &options, encode)?;
-        return run_many(arguments, ready.runner(), with_text, &placement, jobs);
+        let with_text = text.tokenizer.is_some();
+        return ready.with(|runner| run_many(arguments, runner, with_text, &place, jobs));
     }
     let prompt = prompt(arguments, &text)?;
     let fingerprint = match (&arguments.state_in, &arguments.state_out) {
         (None, None) => None,
-        _ => Some(Fingerprint::of_model(&mut model)?),
+        _ => Some(ready.fingerprint()?),
     };
-    placement.place(&mut model)?;
-    let (state, logits) = match (&arguments.state_in, &fingerprint) {
+    let model = ready.folder().display().to_string();
+    let run = |runner: &mut dyn Runner| {
+        run_one(arguments, runner, prompt, &options, fingerprint.as_ref(), &place, model)
+    };
+    ready.with(run)
+}
+
+/// Where and how it was computed.
+struct Place {
+    /// `cpu`, `cuda:0`.
+    device: String,
+    /// How weights are held, or the type of products.
+    dtype: String,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} in {}", self.device, self.dtype)
+    }
+}
+
+/// One prompt, continued once or in several ways.
+fn run_one(
+    arguments: &Arguments,
+    runner: &mut dyn Runner,
+    prompt: Vec<u32>,
+    options: &Options,
+    fingerprint: Option<&Fingerprint>,
+    place: &Place,
+    model: String,
+) -> Result<()> {
+    let with_text = options.tokenizer.is_some();
+    let (state, logits) = match (&arguments.state_in, fingerprint) {
         (Some(path), Some(fingerprint)) => {
-            let (state, logits) = read_state(path, &model, fingerprint)?;
+            let (state, logits) = read_state(path, runner, fingerprint)?;
             if prompt.is_empty() && logits.is_none() {
                 return Err(Usage::new(format!(
                     "{} does not say what its last token predicts (elapid generate --state-out writes \
@@ -217,25 +241,17 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
         _ => (None, None),
     };
     let request = Request { prompt, state, logits, ..Request::default() };
-    let mut ready = Ready::new(&mut model, arguments.weights, &placement)?;
-    let dtype = ready.dtype(&placement);
-    let runner = ready.runner();
     if let Some(samples) = arguments.samples {
-        let jobs = forks(runner, &request, &options, samples)?;
-        return run_many(arguments, runner, with_text, &placement, jobs.into_iter().map(Ok));
+        let jobs = forks(runner, &request, options, samples)?;
+        return run_many(arguments, runner, with_text, place, jobs.into_iter().map(Ok));
     }
 
     let mut writer = (!arguments.json.json).then(|| Writer::new(with_text));
     let outcome =
-        generate(
-            runner,
-            std::slice::from_ref(&request),
-            &options,
-            &mut |event| match &mut writer {
-                Some(writer) => writer.write(event),
-                None => ControlFlow::Continue(()),
-            },
-        );
+        generate(runner, std::slice::from_ref(&request), options, &mut |event| match &mut writer {
+            Some(writer) => writer.write(event),
+            None => ControlFlow::Continue(()),
+        });
     let generation = outcome.map_err(as_option)?;
     if let Some(writer) = writer {
         writer.finish()?;
@@ -243,7 +259,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     let Some(generated) = generation.sequences.first() else {
         return Ok(());
     };
-    if let (Some(path), Some(fingerprint)) = (&arguments.state_out, &fingerprint) {
+    if let (Some(path), Some(fingerprint)) = (&arguments.state_out, fingerprint) {
         let (state, logits) = state_after(runner, generated)?;
         save_continuation(path, &state, logits.as_ref(), fingerprint)
             .context("the state was not saved")?;
@@ -252,87 +268,22 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     if arguments.json.json {
         let timing = &generation.timing;
         return print_json(&Report {
-            model: folder.display().to_string(),
+            model,
             prompt_tokens: request.prompt.len(),
             tokens: &generated.tokens,
             text: with_text.then_some(generated.text.as_str()),
             finish: generated.finish,
             seed,
-            device: placement.device.to_string(),
-            dtype,
+            device: place.device.clone(),
+            dtype: place.dtype.clone(),
             prefill_seconds: timing.prefill.as_secs_f64(),
             prefill_tokens_per_second: timing.prefill_rate(),
             decode_seconds: timing.decode.as_secs_f64(),
             decode_tokens_per_second: timing.decode_rate(),
         });
     }
-    summarise(generated, &generation.timing, seed, &placement);
+    summarise(generated, &generation.timing, seed, place);
     Ok(())
-}
-
-/// What runs a model: itself, or the decode engine with its weights.
-enum Ready<'a> {
-    Model(Box<ModelRunner<'a>>),
-    Engine(Box<CpuEngine>),
-    GpuEngine(Box<GpuEngine<'a>>),
-}
-
-/// Refuses weights that the engine of the device does not take.
-fn check_weights(weights: Encoding, placement: &Placement) -> Result<()> {
-    if placement.device == Device::Cpu {
-        return Ok(());
-    }
-    if let Err(message) = on_gpu(weights) {
-        return Err(Usage::new(format!("--weights {message}")).into());
-    }
-    if placement.dtype != DType::BF16 {
-        let message = format!("--weights on {} needs --dtype bf16", placement.device);
-        return Err(Usage::new(message).into());
-    }
-    Ok(())
-}
-
-fn on_gpu(weights: Encoding) -> Result<decode_step::Encoding, String> {
-    weights.to_string().parse()
-}
-
-impl<'a> Ready<'a> {
-    fn new(
-        model: &'a mut LanguageModel,
-        weights: Option<Encoding>,
-        placement: &Placement,
-    ) -> Result<Self> {
-        let Some(weights) = weights else {
-            return Ok(Self::Model(Box::new(ModelRunner::new(model))));
-        };
-        if placement.device != Device::Cpu {
-            let weights = on_gpu(weights).map_err(anyhow::Error::msg)?;
-            return Ok(Self::GpuEngine(Box::new(GpuEngine::new(model, weights)?)));
-        }
-        let engine = CpuEngine::from_model(model, Some(weights), rayon::current_num_threads())?;
-        Ok(Self::Engine(Box::new(engine)))
-    }
-
-    fn runner(&mut self) -> &mut dyn Runner {
-        match self {
-            Self::Model(runner) => &mut **runner,
-            Self::Engine(engine) => &mut **engine,
-            Self::GpuEngine(engine) => &mut **engine,
-        }
-    }
-
-    /// The type of products, or how weights are held.
-    fn dtype(&self, placement: &Placement) -> String {
-        match self {
-            Self::Model(_) => placement.dtype.to_string(),
-            Self::Engine(engine) => engine.encoding().to_string(),
-            Self::GpuEngine(engine) => engine.encoding().to_string(),
-        }
-    }
-}
-
-fn encoding(text: &str) -> Result<Encoding, String> {
-    text.parse::<Encoding>().map_err(|error| error.to_string())
 }
 
 /// The tokens to read first.
@@ -372,19 +323,18 @@ fn run_many(
     arguments: &Arguments,
     runner: &mut dyn Runner,
     with_text: bool,
-    placement: &Placement,
+    place: &Place,
     jobs: impl Iterator<Item = Result<many::Job>>,
 ) -> Result<()> {
     let batch = usize::from(arguments.batch);
     let timing = many::run(runner, batch, with_text, jobs)?;
     let _ = writeln!(
         io::stderr(),
-        "read {} tokens at {} tokens/s · made {} more at {} tokens/s · {}",
+        "read {} tokens at {} tokens/s · made {} more at {} tokens/s · {place}",
         grouped(timing.prefill_tokens as u64),
         rate(timing.prefill_rate()),
         grouped(timing.decode_tokens as u64),
         rate(timing.decode_rate()),
-        placement.device
     );
     Ok(())
 }
@@ -420,10 +370,11 @@ fn forks(
 /// The state, and what its last token predicts, if the file has it.
 fn read_state(
     path: &Path,
-    model: &LanguageModel,
+    runner: &dyn Runner,
     fingerprint: &Fingerprint,
 ) -> Result<(State, Option<Arc<[f32]>>)> {
-    let (state, logits) = load_continuation(path, model, fingerprint)?;
+    let check = |state: &State| runner.check_state(state).map_err(|error| error.to_string());
+    let (state, logits) = load_continuation_checked(path, runner.config(), fingerprint, &check)?;
     if state.slots() != 1 {
         return Err(Usage::new(format!(
             "{} holds the states of {} sequences, generate continues one",
@@ -503,7 +454,7 @@ impl Writer {
     }
 }
 
-fn summarise(generated: &Generated, timing: &Timing, seed: u64, placement: &Placement) {
+fn summarise(generated: &Generated, timing: &Timing, seed: u64, place: &Place) {
     let finish = match generated.finish {
         Finish::Length => "length reached",
         Finish::Stop => "stop string found",
@@ -519,7 +470,7 @@ fn summarise(generated: &Generated, timing: &Timing, seed: u64, placement: &Plac
     if timing.decode_tokens > 0 {
         line += &format!(" at {} tokens/s", rate(timing.decode_rate()));
     }
-    let _ = writeln!(io::stderr(), "{line} · {finish} · seed {seed} · {}", placement.device);
+    let _ = writeln!(io::stderr(), "{line} · {finish} · seed {seed} · {place}");
 }
 
 /// An option error of the library under the option's name on the command line.

@@ -11,7 +11,6 @@ use elapid_data::{Documents, SourceOptions};
 use elapid_eval::{Divergence, Document, Options, Progress, Tokens, kl_divergence, words};
 use elapid_formats::gguf::{Plan, WeightTypes, save_gguf, vocabulary_of};
 use elapid_formats::{ModelSource, atomic};
-use elapid_infer::ModelRunner;
 use elapid_ops::blocks::Encoding;
 use serde_json::{Value, json};
 
@@ -20,6 +19,7 @@ use crate::exit::Usage;
 use crate::model_folder;
 use crate::output::{Table, bytes, grouped, print_json};
 use crate::progress::{Bar, Unit};
+use crate::ready_model::ReadyModel;
 use crate::text_of::TextOf;
 
 const EXAMPLES: &str = "\
@@ -93,7 +93,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     );
     if let Some(path) = &arguments.report {
         let text = Text::read(arguments, &from, &source)?;
-        let divergence = compare(&source, &text, arguments, global)?;
+        let divergence = compare(&from, &text, arguments, global)?;
         report["text"] = json!({ "source": text.source, "tokens": text.tokens() });
         report["comparison"] = serde_json::to_value(divergence)?;
         atomic::write_file(path, |out| writeln!(out, "{report:#}"))?;
@@ -209,29 +209,21 @@ impl Text {
     }
 }
 
-fn compare(
-    source: &ModelSource,
-    text: &Text,
-    arguments: &Arguments,
-    global: &Global,
-) -> Result<Divergence> {
+fn compare(from: &Path, text: &Text, arguments: &Arguments, global: &Global) -> Result<Divergence> {
     let placement = global.placement()?;
-    let mut original = source.load()?;
-    let mut other = ModelSource::open(&arguments.target)?.load()?;
-    placement.place(&mut original)?;
-    placement.place(&mut other)?;
+    let ready = |path: &Path| {
+        ReadyModel::of_source(ModelSource::open(path)?, path.to_path_buf(), &placement, None)
+    };
+    let (mut original, mut other) = (ready(from)?, ready(&arguments.target)?);
     let mut bar = Bar::new("comparing", Unit::Tokens, 0, 0);
-    let found = kl_divergence(
-        &mut ModelRunner::new(&original),
-        &mut ModelRunner::new(&other),
-        &text.documents(),
-        &Options::default(),
-        &mut |Progress { done, all }| {
-            bar.of(done, all);
-            ControlFlow::Continue(())
-        },
-    );
-    Ok(found?)
+    let mut show = |Progress { done, all }| {
+        bar.of(done, all);
+        ControlFlow::Continue(())
+    };
+    let (documents, options) = (text.documents(), Options::default());
+    original.with(|original| {
+        other.with(|other| Ok(kl_divergence(original, other, &documents, &options, &mut show)?))
+    })
 }
 
 fn rows(table: &mut Table, found: &Divergence) {

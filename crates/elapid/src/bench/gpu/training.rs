@@ -39,7 +39,7 @@ pub struct ModelShape {
 
 impl ModelShape {
     /// Its name and configuration.
-    pub(super) fn model(&self) -> (&str, &MambaConfig) {
+    pub fn model(&self) -> (&str, &MambaConfig) {
         (&self.name, &self.config)
     }
 }

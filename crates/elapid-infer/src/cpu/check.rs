@@ -1,0 +1,355 @@
+//! The first pass of an engine over a model on disk: one token through every layer and the head, which reads every
+//! weight once, finds those that are no numbers, and gives the activations that the f64 reference is compared with.
+//!
+//! The token goes on from a made-up state, so that every tap and every state takes part. It runs stage by stage through
+//! the code of all decode steps. That several tokens give the bits of one is looked at for some rows of each weight.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use elapid_formats::{ModelSource, StoredTensor};
+use elapid_ops::blocks::{Encoding, dequantize};
+use elapid_ops::mamba_step::Stretch;
+use elapid_ops::quantized_linear::{Output, Storage, product};
+use elapid_tensor::DType;
+
+use super::CpuEngine;
+use super::pool::Pool;
+use super::step::{LayerPlace, Scratch, Stage};
+use super::weights::{Matrix, Progress, Weights};
+use crate::self_check::reference::{Parameters, Reference};
+use crate::{Checked, Error, Result, Rows, Trace};
+
+/// Tokens whose product is compared with that of one: more than are read row by row in any encoding.
+const TOKENS: usize = 9;
+/// Rows of that comparison.
+const GROUP: usize = 8;
+
+impl CpuEngine {
+    /// Reads every weight.
+    ///
+    /// # Errors
+    /// With the first that is not finite.
+    pub(super) fn check_finite(&mut self, progress: &mut Progress<'_>) -> Result<()> {
+        let all = self.weights.matrices().map(|matrix| matrix.size() as u64).sum();
+        let mut done = 0;
+        for matrix in self.weights.matrices().filter(|matrix| !matrix.finite) {
+            matrix.check_finite(&mut self.pool)?;
+            done += matrix.size() as u64;
+            progress(done, all);
+        }
+        Ok(())
+    }
+
+    /// Runs a token, and compares what it gave with the reference, whose small parameters come from the file and
+    /// whose large ones are the engine's own.
+    ///
+    /// # Errors
+    /// [`Error::Weight`] with the first weight that is not finite, [`Error::SelfCheck`] with the first that is wrong.
+    pub(super) fn check(
+        &mut self,
+        source: &ModelSource,
+        rows: Rows,
+        progress: &mut Progress<'_>,
+    ) -> Result<Checked> {
+        let token = u32::try_from(self.config.vocab_size.saturating_sub(1) / 2).unwrap_or(0);
+        if self.weights.head.is_some() && !self.weights.embedding.finite {
+            // The pass looks at one row only.
+            self.weights.embedding.check_finite(&mut self.pool)?;
+        }
+        let trace = self.first_pass(token, progress)?;
+        let parameters = EngineParameters::new(&self.weights, source);
+        let mut reference = Reference::new(&self.config, &parameters, &trace, DType::F32, rows);
+        reference.run(&[token])?;
+        let mut checked = reference.checked;
+        for (index, matrix) in self.weights.matrices().enumerate() {
+            checked.values += many_as_one(matrix, rows)?;
+            if matrix.finite
+                && let Some(tensor) = source.get(&matrix.name)
+            {
+                checked.values += converted(matrix, tensor, &rows.of(matrix.rows, index))?;
+            }
+        }
+        Ok(checked)
+    }
+
+    /// All activations of the token.
+    fn first_pass(&mut self, token: u32, progress: &mut Progress<'_>) -> Result<Trace> {
+        let (sizes, mut trace) = (self.sizes(), Trace::new());
+        let history = self.config.d_conv - 1;
+        let mut scratch = Scratch::new(1, 1, sizes, &self.weights);
+        let (weights, pool) = (&self.weights, &mut self.pool);
+        let all = weights.matrices().map(|matrix| matrix.size() as u64).sum();
+        let mut done = 0;
+        let stretches = [Stretch { start: 0, len: 1, slot: 0, fresh: false }];
+        let made_up = |count: usize, size: f32| -> Vec<f32> {
+            (0..count).map(|i| ((i * 37 % 101) as f32 / 50.0 - 1.0) * size).collect()
+        };
+        for (index, layer) in weights.layers.iter().enumerate() {
+            let prefix = format!("backbone.layers.{index}");
+            let (mut conv, mut ssm) =
+                (made_up(sizes.e * history, 0.5), made_up(sizes.e * sizes.states, 0.1));
+            let mut note = |name: &str, parts: &[&[f32]]| {
+                let values = parts.iter().flat_map(|part| part.iter().map(|&v| f64::from(v)));
+                trace.insert(format!("{prefix}.{name}"), values.collect());
+                parts.iter().all(|part| part.iter().all(|value| value.is_finite()))
+            };
+            note("mixer.conv_state", &[&conv]);
+            note("mixer.ssm_state", &[&ssm]);
+            let place = LayerPlace { conv: conv.as_mut_ptr(), ssm: ssm.as_mut_ptr() };
+            let ids = [token];
+            let ids = (index == 0).then_some(ids.as_slice());
+            for stage in Stage::ALL {
+                let frame = scratch.frame(weights, sizes);
+                pool.run(&|member| {
+                    // SAFETY: every thread of the pool runs this with the same arguments; the scratch has room for
+                    // a token, which is a row of the embedding; states and scratch are borrowed here alone.
+                    unsafe { frame.stage(stage, member, layer, ids, 1, &stretches, place) }
+                });
+                let (x, z) = (&scratch.x[..sizes.e], &scratch.z[..sizes.e]);
+                let (finite, read) = match stage {
+                    Stage::Norm => {
+                        let finite = note("residual", &[&scratch.residual]);
+                        note("norm", &[&scratch.normed]);
+                        (finite, (index == 0).then_some(&weights.embedding))
+                    }
+                    Stage::InProj => (note("mixer.in_proj", &[x, z]), Some(&layer.in_proj)),
+                    Stage::Convolution => (note("mixer.conv1d", &[x]), None),
+                    Stage::XProj => {
+                        (note("mixer.x_proj", &[&scratch.projected]), Some(&layer.x_proj))
+                    }
+                    Stage::PartNorms => (true, None),
+                    Stage::Scan => (note("mixer.scan", &[x]), None),
+                    Stage::OutProj => {
+                        (note("mixer.out_proj", &[&scratch.out]), Some(&layer.out_proj))
+                    }
+                };
+                if let Some(matrix) = read {
+                    blame(finite, matrix, pool)?;
+                    done += if stage == Stage::Norm { 0 } else { matrix.size() as u64 };
+                    progress(done, all);
+                }
+            }
+        }
+        let frame = scratch.frame(weights, sizes);
+        pool.run(&|member| {
+            // SAFETY: as above; there is room for the logits of a token.
+            unsafe { frame.logits(member, &[0]) }
+        });
+        let wide = |values: &[f32]| values.iter().map(|&value| f64::from(value)).collect();
+        trace.insert("backbone.norm_f".into(), wide(&scratch.normed));
+        trace.insert("logits".into(), wide(&scratch.logits));
+        let first = trace.get("backbone.layers.0.residual").cloned().unwrap_or_default();
+        trace.insert("backbone.embeddings".into(), first);
+        let head = weights.head.as_ref().unwrap_or(&weights.embedding);
+        blame(scratch.logits.iter().all(|logit| logit.is_finite()), head, pool)?;
+        progress(all, all);
+        Ok(trace)
+    }
+}
+
+/// Names the value of a weight that made an activation infinite or no number, if it was the weight.
+fn blame(finite: bool, matrix: &Matrix, pool: &mut Pool) -> Result<()> {
+    if finite { Ok(()) } else { matrix.check_finite(pool) }
+}
+
+/// Several tokens that are the same have the bits of one; returns how many values were compared.
+fn many_as_one(matrix: &Matrix, rows: Rows) -> Result<usize> {
+    let weight = matrix.weight();
+    let x: Vec<f32> = (0..matrix.columns).map(|i| (i * 29 % 97) as f32 / 48.0 - 1.0).collect();
+    let x = x.repeat(TOKENS);
+    let mut storage = Storage::new(matrix.encoding, TOKENS, matrix.columns);
+    let writer = storage.writer();
+    for (token, x) in x.chunks_exact(matrix.columns.max(1)).enumerate() {
+        // SAFETY: nobody else uses the storage.
+        unsafe { writer.write_row(token, x) };
+    }
+    let groups = match rows {
+        Rows::All => 0..matrix.rows.div_ceil(GROUP),
+        Rows::Sampled(_) => matrix.rows / 2 / GROUP..matrix.rows / 2 / GROUP + 1,
+    };
+    let mut compared = 0;
+    for group in groups {
+        let range = group * GROUP..matrix.rows.min((group + 1) * GROUP);
+        let run = |tokens: usize| {
+            let mut y = vec![0.0f32; tokens * range.len()];
+            let out = Output { pointer: y.as_mut_ptr(), stride: range.len() };
+            // SAFETY: the inputs are written and `y` has every token's rows.
+            unsafe {
+                let inputs = writer.activations(tokens, &x, matrix.columns);
+                product(&weight, &inputs, range.clone(), out);
+            }
+            y
+        };
+        let (one, many) = (run(1), run(TOKENS));
+        for (i, (found, expected)) in many.iter().zip(one.iter().cycle()).enumerate() {
+            if found.to_bits() != expected.to_bits() {
+                return Err(Error::SelfCheck {
+                    tensor: matrix.name.clone(),
+                    place: format!("row {} of {TOKENS} tokens", range.start + i % range.len()),
+                    expected: f64::from(*expected),
+                    found: f64::from(*found),
+                });
+            }
+        }
+        compared += many.len();
+    }
+    Ok(compared)
+}
+
+/// Rows that were converted still stand for what the file has; returns how many values were compared.
+fn converted(matrix: &Matrix, tensor: &StoredTensor, rows: &[usize]) -> Result<usize> {
+    // As a share of the largest value of a row's block of 256: half a step of the coarsest scale in it.
+    let step = match matrix.encoding {
+        Encoding::F32 => 0.0,
+        Encoding::F16 | Encoding::BF16 => 1.0 / 256.0,
+        Encoding::Q8_0 => 1.0 / 128.0,
+        Encoding::Q6_K => 1.0 / 16.0,
+        Encoding::Q4_0 | Encoding::Q4_K => 1.0 / 4.0,
+    };
+    let width = tensor.encoding.row_bytes(matrix.columns)?;
+    let mut read = vec![0.0; matrix.columns];
+    for &row in rows {
+        dequantize(tensor.encoding, &tensor.bytes[row * width..][..width], &mut read)?;
+        let held = matrix.row(row)?;
+        for (block, (read, held)) in read.chunks(256).zip(held.chunks(256)).enumerate() {
+            let most = step * read.iter().fold(0.0f32, |most, value| most.max(value.abs()));
+            for (i, (&expected, &found)) in read.iter().zip(held).enumerate() {
+                let near = (expected - found).abs() <= most;
+                if !near {
+                    return Err(Error::SelfCheck {
+                        tensor: matrix.name.clone(),
+                        place: format!("row {row}, column {}", block * 256 + i),
+                        expected: f64::from(expected),
+                        found: f64::from(found),
+                    });
+                }
+            }
+        }
+    }
+    Ok(rows.len() * matrix.columns)
+}
+
+/// The engine's own projections and embedding, everything else from the file.
+struct EngineParameters<'a> {
+    matrices: BTreeMap<&'a str, &'a Matrix>,
+    source: &'a ModelSource,
+}
+
+impl<'a> EngineParameters<'a> {
+    fn new(weights: &'a Weights, source: &'a ModelSource) -> Self {
+        let matrices = weights.matrices().map(|matrix| (matrix.name.as_str(), matrix)).collect();
+        Self { matrices, source }
+    }
+}
+
+impl Parameters for EngineParameters<'_> {
+    fn elements(&self, name: &str) -> Option<usize> {
+        self.source.get(name).map(|tensor| tensor.elements())
+    }
+
+    fn read(&self, name: &str, range: Range<usize>) -> Result<Cow<'_, [f32]>> {
+        if let Some(matrix) = self.matrices.get(name) {
+            // The reference takes whole rows.
+            let rows = range.start / matrix.columns..range.end.div_ceil(matrix.columns);
+            let mut values = Vec::with_capacity(range.len());
+            for row in rows {
+                values.extend(matrix.row(row)?);
+            }
+            return Ok(Cow::Owned(values));
+        }
+        let Some(tensor) = self.source.get(name) else { return Ok(Cow::Owned(Vec::new())) };
+        let size = tensor.encoding.block_bytes();
+        let mut values = vec![0.0; range.len()];
+        if tensor.encoding.is_quantized() {
+            let mut all = vec![0.0; tensor.elements()];
+            tensor.read_f32(&mut all)?;
+            values.copy_from_slice(&all[range]);
+        } else {
+            let bytes = &tensor.bytes[range.start * size..range.end * size];
+            dequantize(tensor.encoding, bytes, &mut values)?;
+        }
+        Ok(Cow::Owned(values))
+    }
+
+    fn encoding(&self, name: &str) -> Encoding {
+        self.matrices.get(name).map_or(Encoding::F32, |matrix| matrix.encoding)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::super::{Loading, pool};
+    use super::*;
+
+    fn golden(model: &str) -> ModelSource {
+        let folder = "../elapid-formats/tests/fixtures/golden";
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
+        ModelSource::open(&folder.join(model).join("hf")).unwrap()
+    }
+
+    fn load(source: &ModelSource, encoding: Option<Encoding>, rows: Rows) -> (CpuEngine, Checked) {
+        let progress = &mut |_, _| {};
+        let loading = Loading { encoding, threads: 2, check: Some(rows), progress };
+        CpuEngine::load(source, loading).unwrap()
+    }
+
+    #[test]
+    fn sound_engines_pass_in_every_encoding() {
+        for model in ["mamba1", "falcon_mamba"] {
+            let source = golden(model);
+            for encoding in std::iter::once(None).chain(Encoding::ALL.map(Some)) {
+                let (_, few) = load(&source, encoding, Rows::AT_LOAD);
+                let (_, all) = load(&source, encoding, Rows::All);
+                assert!(few.values > 1000 && all.values > few.values, "{few:?} {all:?}");
+                assert!(all.worst > 1e-6 && all.worst < 0.5, "{model} {encoding:?}: {all:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_wrong_kernel_is_found_in_a_sample_of_rows() {
+        for (model, encoding) in [("mamba1", None), ("falcon_mamba", Some(Encoding::Q8_0))] {
+            let source = golden(model);
+            let (mut engine, _) = load(&source, encoding, Rows::AT_LOAD);
+            let trace = engine.first_pass(7, &mut |_, _| {}).unwrap();
+            let parameters = EngineParameters::new(&engine.weights, &source);
+            let compare = |trace: &Trace| {
+                let config = source.config();
+                let rows = Rows::AT_LOAD;
+                Reference::new(config, &parameters, trace, DType::F32, rows).run(&[7])
+            };
+            compare(&trace).unwrap();
+            for (activation, values) in &trace {
+                // As if its kernel gave results a thousandth too large.
+                let mut wrong = trace.clone();
+                wrong.insert(activation.clone(), values.iter().map(|v| v * 1.001).collect());
+                match compare(&wrong) {
+                    Err(Error::SelfCheck { place, .. }) => {
+                        let made_up = activation.ends_with("_state");
+                        assert!(made_up || place.starts_with(activation.as_str()), "{place}");
+                    }
+                    other => panic!("{activation}: {other:?}"),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_converted_weight_that_changed_is_named() {
+        let source = golden("mamba1");
+        let mut pool = pool(1).unwrap();
+        for encoding in [Encoding::BF16, Encoding::Q8_0, Encoding::Q4_0] {
+            let weights =
+                Weights::from_source(&source, Some(encoding), &mut pool, &mut |_, _| {}).unwrap();
+            let [own, other] = [&weights.layers[0].in_proj, &weights.layers[1].in_proj];
+            let tensor = source.get(&own.name).unwrap();
+            assert_eq!(converted(own, tensor, &[0, 9]).unwrap(), 2 * own.columns);
+            let error = converted(other, tensor, &[0]).unwrap_err().to_string();
+            assert!(error.contains(&other.name), "{error}");
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! A model that is ready to run: on the CPU the decode engine over the weights as the file has them, on a GPU the
+//! language model, or its decode engine where `--weights` asks for it. What trains or needs gradients takes a
+//! [`LanguageModel`] instead.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use elapid_formats::{Fingerprint, ModelSource};
+use elapid_infer::{CpuEngine, GpuEngine, Loading, ModelRunner, Rows, Runner};
+use elapid_models::{LanguageModel, MambaConfig};
+use elapid_ops::blocks::Encoding;
+use elapid_ops::decode_step;
+use elapid_tensor::{DType, Device};
+
+use crate::cli::Placement;
+use crate::exit::Usage;
+use crate::model_folder;
+use crate::progress::{Bar, Unit};
+
+/// Loading that takes longer shows its progress.
+const PATIENCE: Duration = Duration::from_millis(700);
+
+/// A model and what runs it.
+pub struct ReadyModel {
+    engine: Engine,
+    source: ModelSource,
+    folder: PathBuf,
+}
+
+enum Engine {
+    Cpu(Box<CpuEngine>),
+    Gpu { model: Box<LanguageModel>, weights: Option<decode_step::Encoding> },
+}
+
+impl ReadyModel {
+    /// Loads what stands behind `--model`.
+    ///
+    /// # Errors
+    /// If the model or the device cannot be used, or the device does not take `weights`.
+    pub fn open(path: &Path, placement: &Placement, weights: Option<Encoding>) -> Result<Self> {
+        check_weights(weights, placement)?;
+        let (source, folder) = model_folder::open(path)?;
+        Self::of_source(source, folder, placement, weights)
+    }
+
+    /// Loads an open model.
+    ///
+    /// # Errors
+    /// As [`ReadyModel::open`].
+    pub fn of_source(
+        source: ModelSource,
+        folder: PathBuf,
+        placement: &Placement,
+        weights: Option<Encoding>,
+    ) -> Result<Self> {
+        let engine = if placement.device == Device::Cpu {
+            let engine = on_cpu(&source, weights, placement)
+                .with_context(|| format!("cannot use the model {}", folder.display()))?;
+            Engine::Cpu(Box::new(engine))
+        } else {
+            let mut model = Box::new(source.load()?);
+            placement.place(&mut model)?;
+            let weights = weights.map(on_gpu).transpose().map_err(anyhow::Error::msg)?;
+            Engine::Gpu { model, weights }
+        };
+        Ok(Self { engine, source, folder })
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &MambaConfig {
+        self.source.config()
+    }
+
+    /// The folder or file that it came from.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// How products are computed on a GPU, or how projections and embedding are held.
+    pub fn dtype(&self) -> String {
+        match &self.engine {
+            Engine::Cpu(engine) => engine.encoding().to_string(),
+            Engine::Gpu { weights: Some(weights), .. } => weights.to_string(),
+            Engine::Gpu { model, weights: None } => model.compute().to_string(),
+        }
+    }
+
+    /// What tells the model from others. Reads every weight.
+    ///
+    /// # Errors
+    /// If a weight cannot be read.
+    pub fn fingerprint(&self) -> Result<Fingerprint> {
+        Ok(Fingerprint::of_source(&self.source)?)
+    }
+
+    /// Does something with what runs it.
+    ///
+    /// # Errors
+    /// Those of `run`, and those of the GPU's engine, which is made for it.
+    pub fn with<R>(&mut self, run: impl FnOnce(&mut dyn Runner) -> Result<R>) -> Result<R> {
+        match &mut self.engine {
+            Engine::Cpu(engine) => run(&mut **engine),
+            Engine::Gpu { model, weights: None } => run(&mut ModelRunner::new(model)),
+            Engine::Gpu { model, weights: Some(weights) } => {
+                run(&mut GpuEngine::new(model, *weights)?)
+            }
+        }
+    }
+}
+
+fn on_cpu(
+    source: &ModelSource,
+    encoding: Option<Encoding>,
+    placement: &Placement,
+) -> Result<CpuEngine> {
+    let started = Instant::now();
+    let mut bar = None;
+    let mut progress = |done, all| {
+        if started.elapsed() > PATIENCE {
+            bar.get_or_insert_with(|| Bar::new("loading", Unit::Bytes, done, all)).of(done, all);
+        }
+    };
+    let loading = Loading {
+        encoding,
+        threads: rayon::current_num_threads(),
+        check: placement.self_check.then_some(Rows::AT_LOAD),
+        progress: &mut progress,
+    };
+    Ok(CpuEngine::load(source, loading)?.0)
+}
+
+/// Refuses weights that the engine of the device does not take.
+fn check_weights(weights: Option<Encoding>, placement: &Placement) -> Result<()> {
+    let Some(weights) = weights else { return Ok(()) };
+    if placement.device == Device::Cpu {
+        return Ok(());
+    }
+    if let Err(message) = on_gpu(weights) {
+        return Err(Usage::new(format!("--weights {message}")).into());
+    }
+    if placement.dtype != DType::BF16 {
+        let message = format!("--weights on {} needs --dtype bf16", placement.device);
+        return Err(Usage::new(message).into());
+    }
+    Ok(())
+}
+
+fn on_gpu(weights: Encoding) -> Result<decode_step::Encoding, String> {
+    weights.to_string().parse()
+}
