@@ -13,8 +13,13 @@ static SOURCE: Source = Source { name: OP, text: include_str!("cuda.cu"), header
 
 /// Warps of a block.
 const WARPS: usize = 8;
-/// Tokens that a warp walks, forward and backward.
-const RUNS: [usize; 2] = [64, 128];
+/// Blocks at work at once: two on each of 132 multiprocessors. Never the card's own number, as the division decides the
+/// order of the parameters' sums.
+const ROOM: usize = 264;
+/// Fewest tokens that a warp walks.
+const SHORTEST_RUN: usize = 16;
+/// What a run costs besides its tokens, in tokens: its taps, the inputs before it, in backward also those behind.
+const RUN_OVERHEAD: usize = 6;
 
 /// Arguments of the convolution in device memory; arrays are f32, `x` and `y` of type T.
 #[derive(Debug)]
@@ -131,15 +136,48 @@ impl<T: GpuElement> Inputs<'_, T> {
         gpu.module(&SOURCE, &[("ELEMENT", T::CUDA), ("WIDTH", &width), ("SILU", silu)])
     }
 
-    /// Blocks along y: runs of tokens.
-    fn run_blocks(&self, run: usize) -> usize {
-        self.tokens().div_ceil(run * WARPS).max(1)
+    /// The division for threads of `pack` channels.
+    fn division(&self, pack: usize) -> Division {
+        Division::new(self.tokens(), self.channels.div_ceil(32 * pack))
+    }
+}
+
+/// How the tokens and channels are divided among blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Division {
+    /// Blocks along the channels.
+    columns: usize,
+    /// Blocks along the tokens.
+    rows: usize,
+    /// Tokens of a warp.
+    run: usize,
+}
+
+impl Division {
+    /// Runs of the length with which the blocks need the least time, in whole turns of [`ROOM`] blocks: a last turn that is
+    /// partly filled leaves multiprocessors idle.
+    fn new(tokens: usize, columns: usize) -> Self {
+        let of_turns = |turns: usize| {
+            let rows = (turns * ROOM / columns).max(1);
+            let run = tokens.div_ceil(rows * WARPS).max(SHORTEST_RUN);
+            Self { columns, rows: tokens.div_ceil(run * WARPS).max(1), run }
+        };
+        let cost = |division: &Self| {
+            (columns * division.rows).div_ceil(ROOM) * (division.run + RUN_OVERHEAD)
+        };
+        let mut best = of_turns(1);
+        for turns in 2..=4 {
+            let other = of_turns(turns);
+            if cost(&other) < cost(&best) {
+                best = other;
+            }
+        }
+        best
     }
 
-    fn launch(&self, pack: usize, run: usize, shared_floats: usize) -> Launch {
-        let columns = self.channels.div_ceil(32 * pack);
+    fn launch(&self, shared_floats: usize) -> Launch {
         Launch {
-            grid: [columns as u32, self.run_blocks(run) as u32, 1],
+            grid: [self.columns as u32, self.rows as u32, 1],
             block: [(32 * WARPS) as u32, 1, 1],
             shared: (shared_floats * 4) as u32,
         }
@@ -174,10 +212,15 @@ pub fn forward<T: GpuElement>(
     inputs.check()?;
     let (tokens, channels, width) = (inputs.tokens(), inputs.channels, inputs.width);
     let y = gpu.scratch::<T>(tokens * channels)?;
+    let extents = inputs.sequences.extents();
     let state_out = match inputs.state {
         Some(state) => state.duplicate(gpu)?,
+        // Every slot is written: each has a sequence, and none goes on from what its slot holds.
+        None if extents.sequences == extents.slots => gpu.scratch(inputs.state_len())?,
         None => gpu.zeros(inputs.state_len())?,
     };
+    let pack = forward_pack::<T>(width);
+    let division = inputs.division(pack);
     let arguments = ForwardArguments {
         x: inputs.x.address(OP, tokens, channels)?,
         x_stride: inputs.x.stride(),
@@ -188,14 +231,13 @@ pub fn forward<T: GpuElement>(
         y_stride: channels as i64,
         state_out: state_out.address(),
         sequences: inputs.sequences.address(),
-        sequence_count: inputs.sequences.extents().sequences as i64,
+        sequence_count: extents.sequences as i64,
         tokens: tokens as i64,
         channels: channels as i64,
-        run: RUNS[0] as i64,
+        run: division.run as i64,
     };
     let kernel = inputs.module(gpu)?.kernel("causal_conv1d_forward")?;
-    let pack = forward_pack::<T>(width);
-    let launch = inputs.launch(pack, RUNS[0], 33 * pack * width);
+    let launch = division.launch(33 * pack * width);
     // SAFETY: the extents of all arrays were checked above and the sequences lie within the tokens.
     unsafe { gpu.launch(&kernel, launch, &arguments)? };
     Ok((y, state_out))
@@ -203,7 +245,7 @@ pub fn forward<T: GpuElement>(
 
 /// Gradients by the inputs, given those of the output `[T, E]` and of the state after the batch; that of x is written to
 /// `dx`, if there is such a place. The sums of the
-/// parameters' gradients have an order that only T decides.
+/// parameters' gradients have an order that only T and E decide.
 ///
 /// # Errors
 /// As [`forward`].
@@ -216,7 +258,9 @@ pub fn backward<T: GpuElement>(
 ) -> elapid_tensor::Result<Gradients<T>> {
     inputs.check()?;
     let (tokens, channels, width) = (inputs.tokens(), inputs.channels, inputs.width);
-    let parts = inputs.run_blocks(RUNS[1]);
+    let pack = backward_pack(width);
+    let division = inputs.division(pack);
+    let parts = division.rows;
     let found = Gradients {
         x: gpu.scratch(if dx.is_some() { 0 } else { tokens * channels })?,
         weight: gpu.scratch(channels * width)?,
@@ -245,14 +289,13 @@ pub fn backward<T: GpuElement>(
         sequence_count: inputs.sequences.extents().sequences as i64,
         tokens: tokens as i64,
         channels: channels as i64,
-        run: RUNS[1] as i64,
+        run: division.run as i64,
     };
     let module = inputs.module(gpu)?;
-    let pack = backward_pack(width);
     let floats = (33 * pack * width).max(32 * WARPS * pack * (width + 1));
     // SAFETY: the extents of all arrays were checked above and the sequences lie within the tokens.
     unsafe {
-        let launch = inputs.launch(pack, RUNS[1], floats);
+        let launch = division.launch(floats);
         gpu.launch(&module.kernel("causal_conv1d_backward")?, launch, &arguments)?;
         let reduce = ReduceArguments {
             partial: partial.address(),
@@ -266,4 +309,27 @@ pub fn backward<T: GpuElement>(
         gpu.launch(&module.kernel("causal_conv1d_parameters")?, launch, &reduce)?;
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_come_in_whole_turns() {
+        // Columns of 1,536 and 5,120 channels, eight and four a thread.
+        for columns in [6, 20, 12, 40] {
+            for tokens in [2048, 16_384, 65_536] {
+                let division = Division::new(tokens, columns);
+                assert!(division.rows * division.run * WARPS >= tokens);
+                let blocks = columns * division.rows;
+                let busy = blocks as f64 / (blocks.next_multiple_of(ROOM)) as f64;
+                if tokens > 2048 {
+                    assert!(busy > 0.9, "{division:?}");
+                }
+            }
+        }
+        assert_eq!(Division::new(0, 6), Division { columns: 6, rows: 1, run: SHORTEST_RUN });
+        assert_eq!(Division::new(1, 1000).rows, 1);
+    }
 }
