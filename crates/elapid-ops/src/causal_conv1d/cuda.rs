@@ -51,7 +51,7 @@ pub struct Gradients<T> {
     pub weight: DeviceBuffer<f32>,
     /// `[E]`
     pub bias: DeviceBuffer<f32>,
-    /// `[slots, E, W - 1]`
+    /// `[slots, E, W - 1]`; empty if no state came in
     pub state: DeviceBuffer<f32>,
 }
 
@@ -265,9 +265,10 @@ pub fn backward<T: GpuElement>(
         x: gpu.scratch(if dx.is_some() { 0 } else { tokens * channels })?,
         weight: gpu.scratch(channels * width)?,
         bias: gpu.scratch(channels)?,
-        state: match dstate {
-            Some(dstate) => dstate.duplicate(gpu)?,
-            None => gpu.zeros(inputs.state_len())?,
+        state: match (inputs.state, dstate) {
+            (None, _) => gpu.scratch(0)?,
+            (_, Some(dstate)) => dstate.duplicate(gpu)?,
+            _ => gpu.zeros(inputs.state_len())?,
         },
     };
     let (dx, dx_stride) = target(OP, dx, &found.x, (tokens, channels))?;
@@ -283,7 +284,7 @@ pub fn backward<T: GpuElement>(
         dstate: optional(OP, "dstate", dstate, inputs.state_len())?,
         dx,
         dx_stride,
-        dstate_in: found.state.address(),
+        dstate_in: if inputs.state.is_some() { found.state.address() } else { 0 },
         partial: partial.address(),
         sequences: inputs.sequences.address(),
         sequence_count: inputs.sequences.extents().sequences as i64,

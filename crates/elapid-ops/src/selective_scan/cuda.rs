@@ -77,7 +77,7 @@ pub struct Gradients<T> {
     pub z: DeviceBuffer<T>,
     /// `[E]`; empty without a bias.
     pub delta_bias: DeviceBuffer<f32>,
-    /// `[slots, E, N]`
+    /// `[slots, E, N]`; empty if no state came in
     pub state: DeviceBuffer<f32>,
 }
 
@@ -290,6 +290,8 @@ pub fn forward<T: GpuElement>(
     // Slots that no sequence changes hand their state through.
     let last = match inputs.state {
         Some(state) => state.duplicate(gpu)?,
+        // Every slot has a sequence, which writes it.
+        None if plan.extents.sequences == plan.extents.slots => gpu.scratch(plan.state_len())?,
         None => gpu.zeros(plan.state_len())?,
     };
     let chunks = save.then(|| gpu.scratch::<f32>(plan.chunks * plan.matrix())).transpose()?;
@@ -335,9 +337,10 @@ pub fn backward<T: GpuElement>(
         d: gpu.scratch(if has_d { e } else { 0 })?,
         z: gpu.scratch(if inputs.z.is_some() && dz.is_none() { tokens * e } else { 0 })?,
         delta_bias: gpu.scratch(if has_bias { e } else { 0 })?,
-        state: match dlast {
-            Some(dlast) => dlast.duplicate(gpu)?,
-            None => gpu.zeros(plan.state_len())?,
+        state: match (inputs.state, dlast) {
+            (None, _) => gpu.scratch(0)?,
+            (_, Some(dlast)) => dlast.duplicate(gpu)?,
+            _ => gpu.zeros(plan.state_len())?,
         },
     };
     let (dz, dz_stride) = target(OP, dz, &found.z, (tokens, e))?;
@@ -359,7 +362,7 @@ pub fn backward<T: GpuElement>(
         du_stride: e as i64,
         ddelta_stride: e as i64,
         dz_stride,
-        dh0: found.state.address(),
+        dh0: if inputs.state.is_some() { found.state.address() } else { 0 },
         da: da.address(),
         dd: if has_d { dd.address() } else { 0 },
         dbias: if has_bias { dbias.address() } else { 0 },
