@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use elapid_formats::{Format, Weights};
+use elapid_formats::{Format, ModelSource, Weights};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -76,4 +76,46 @@ fn archives_of_numpy() {
     let weights = Weights::open(&fixture("numpy/compressed.npz")).unwrap();
     let expected: Vec<f32> = (0..20).map(|i| i as f32 * 0.37).collect();
     assert_eq!(tensor(&weights, "a"), (vec![4, 5], "F32".into(), expected));
+}
+
+/// The fixtures have every size and offset in the fields that archives beyond 4 GiB need.
+#[test]
+fn archives_with_wide_fields_are_those_without() {
+    for (wide, narrow) in
+        [("pytorch/zip64.pt", "pytorch/zip_2.pt"), ("numpy/zip64.npz", "numpy/arrays.npz")]
+    {
+        let bytes = std::fs::read(fixture(wide)).unwrap();
+        assert!(bytes.windows(4).any(|window| window == b"PK\x06\x06"), "{wide} is no zip64");
+        let [wide, narrow] = [wide, narrow].map(|name| Weights::open(&fixture(name)).unwrap());
+        assert!(wide.tensors.keys().eq(narrow.tensors.keys()));
+        for name in narrow.tensors.keys() {
+            assert_eq!(tensor(&wide, name), tensor(&narrow, name), "{name}");
+        }
+    }
+}
+
+#[test]
+fn shards_of_pytorch() {
+    let folder = fixture("pytorch/sharded");
+    let source = ModelSource::open(&folder).unwrap();
+    assert_eq!((source.format(), source.files().len()), (Format::PyTorch, 2));
+    let model = &mut source.load().unwrap();
+    assert_eq!((model.config().n_layer, model.config().d_inner()), (1, 16));
+    let weights = Weights::open(&folder.join("pytorch_model.bin.index.json")).unwrap();
+    // Tensor k of the file's order has ((7 i + 13 k) mod 64) / 32 - 1 at i.
+    for (k, name) in
+        [(0, "embeddings.weight"), (7, "layers.0.mixer.x_proj.weight"), (11, "norm_f.weight")]
+    {
+        let (_, _, values) = tensor(&weights, &format!("backbone.{name}"));
+        for (i, value) in values.into_iter().enumerate() {
+            assert_eq!(value, ((7 * i + 13 * k) % 64) as f32 / 32.0 - 1.0, "{name}, {i}");
+        }
+    }
+    let copy = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()) {
+        std::fs::copy(&entry, copy.path().join(entry.file_name().unwrap())).unwrap();
+    }
+    std::fs::remove_file(copy.path().join("pytorch_model-00002-of-00002.bin")).unwrap();
+    let error = ModelSource::open(copy.path()).err().expect("a shard is missing").to_string();
+    assert!(error.contains("pytorch_model-00002-of-00002.bin"), "{error}");
 }

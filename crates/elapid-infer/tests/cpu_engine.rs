@@ -221,6 +221,30 @@ fn decoding_a_batch_is_decoding_one_by_one() {
 }
 
 #[test]
+fn a_prompt_may_be_cut_anywhere() {
+    let prompt = tokens(3, 300);
+    for encoding in [Encoding::F32, Encoding::F16, Encoding::Q4_0] {
+        let mut model = rounded(encoding);
+        let mut engine = CpuEngine::from_model(&mut model, Some(encoding), 2).unwrap();
+        let (whole, state) = read(&mut engine, std::slice::from_ref(&prompt), 2048);
+        // Around the numbers of tokens at which kernels and chunks change.
+        for cut in [1, 2, 3, 4, 5, 8, 9, 31, 47, 48, 49, 96, 255, 256, 257, 299] {
+            let mut logits = Vec::new();
+            let mut carried = None;
+            for part in [&prompt[..cut], &prompt[cut..]] {
+                let after = forward(&mut engine, &[part.to_vec()], carried.take(), 2048, |piece| {
+                    logits.extend(piece.logits.iter().map(|&logit| f64::from(logit)));
+                    Ok::<_, Box<dyn std::error::Error>>(())
+                });
+                carried = Some(after.unwrap());
+            }
+            assert!(logits == whole, "{encoding}, cut at {cut}");
+            assert_eq!(bits(&carried.unwrap()), bits(&state), "{encoding}, cut at {cut}");
+        }
+    }
+}
+
+#[test]
 fn slots_that_no_sequence_uses_stay_and_given_states_are_values() {
     let mut model = rounded(Encoding::F32);
     let mut engine = CpuEngine::from_model(&mut model, None, 2).unwrap();

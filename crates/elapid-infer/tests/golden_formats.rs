@@ -5,9 +5,11 @@
 use std::path::{Path, PathBuf};
 
 use elapid_formats::convert::{save_hugging_face, save_npz, save_original};
-use elapid_formats::{ModelSource, TensorFile, load_model};
-use elapid_infer::{ModelRunner, forward};
-use elapid_models::{Context, LanguageModel, State};
+use elapid_formats::gguf::{Plan, WeightTypes, save_gguf, vocabulary_of};
+use elapid_formats::{ModelSource, TensorFile, hf, load_model};
+use elapid_infer::{CpuEngine, ModelRunner, Runner, forward};
+use elapid_models::{Context, LanguageModel, MambaConfig, NormKind, State};
+use elapid_ops::blocks::Encoding;
 use elapid_tensor::cuda::Gpu;
 use elapid_tensor::{DType, Device, Sequences, Tensor, autograd};
 
@@ -46,9 +48,9 @@ fn close(a: &[f64], b: &[f64], tolerance: f64, what: &str) {
     }
 }
 
-fn run(model: &LanguageModel, ids: &[u32], state: Option<State>) -> (Vec<f64>, State) {
+fn run(runner: &mut dyn Runner, ids: &[u32], state: Option<State>) -> (Vec<f64>, State) {
     let mut logits = Vec::new();
-    let state = forward(&mut ModelRunner::new(model), &[ids.to_vec()], state, 2048, |piece| {
+    let state = forward(runner, &[ids.to_vec()], state, 2048, |piece| {
         logits.extend(piece.logits.iter().map(|&logit| f64::from(logit)));
         Ok::<_, Box<dyn std::error::Error>>(())
     });
@@ -56,11 +58,11 @@ fn run(model: &LanguageModel, ids: &[u32], state: Option<State>) -> (Vec<f64>, S
 }
 
 /// Logits and states of both prompts, and what follows them.
-fn check_prompts(model: &LanguageModel, expected: &Expected, what: &str) {
-    let rows = model.config().padded_vocab_size();
+fn check_prompts(runner: &mut dyn Runner, expected: &Expected, what: &str) {
+    let rows = runner.config().padded_vocab_size();
     for prompt in 0..2 {
         let name = |field: &str| format!("prompt{prompt}.{field}");
-        let (logits, mut state) = run(model, &expected.ids(&name("input_ids")), None);
+        let (logits, mut state) = run(runner, &expected.ids(&name("input_ids")), None);
         let at = |position: u32| &logits[position as usize * rows..(position as usize + 1) * rows];
         let found: Vec<f64> =
             expected.ids(&name("positions")).into_iter().flat_map(|p| at(p).to_vec()).collect();
@@ -80,19 +82,33 @@ fn check_prompts(model: &LanguageModel, expected: &Expected, what: &str) {
         for _ in 0..32 {
             let best = (0..rows).max_by(|&a, &b| last[a].total_cmp(&last[b])).unwrap() as u32;
             tokens.push(best);
-            (last, state) = run(model, &[best], Some(state));
+            (last, state) = run(runner, &[best], Some(state));
         }
         assert_eq!(tokens, expected.ids(&name("greedy_ids")), "{what}");
     }
 }
 
 /// The last eight logits of both prompts with weights that were rounded to bf16.
-fn check_rounded(model: &LanguageModel, expected: &Expected, what: &str) {
+fn check_rounded(runner: &mut dyn Runner, expected: &Expected, what: &str) {
     for prompt in 0..2 {
-        let (logits, _) = run(model, &expected.ids(&format!("prompt{prompt}.input_ids")), None);
+        let (logits, _) = run(runner, &expected.ids(&format!("prompt{prompt}.input_ids")), None);
         let goal = expected.values(&format!("prompt{prompt}.logits_bf16_weights_last8"));
         close(&logits[logits.len() - goal.len()..], &goal, LOGITS, what);
     }
+}
+
+/// The model's file in GGUF, with projections and embedding in `encoding`, or as they are.
+fn to_gguf(source: &ModelSource, target: &Path, encoding: Option<Encoding>) {
+    let types = WeightTypes { projections: encoding, embedding: None };
+    let plan = Plan::new(source, types).unwrap();
+    save_gguf(source, &plan, vocabulary_of(source).unwrap(), target, &mut |_| {}).unwrap();
+}
+
+/// Both that run it: the model that a file becomes, and the engine over the file as it is.
+fn with_runners(source: &ModelSource, mut check: impl FnMut(&mut dyn Runner, &str)) {
+    let model = source.load().unwrap();
+    check(&mut ModelRunner::new(&model), "the model");
+    check(&mut CpuEngine::from_source(source, None, 2).unwrap(), "the engine");
 }
 
 #[test]
@@ -101,27 +117,94 @@ fn from_every_format() {
         let expected = Expected::of(model);
         for original in originals {
             let source = ModelSource::open(&golden(model).join(original)).unwrap();
-            check_prompts(&source.load().unwrap(), &expected, original);
+            with_runners(&source, |runner, what| check_prompts(runner, &expected, what));
             for dtype in [DType::F32, DType::BF16] {
                 let folder = tempfile::tempdir().unwrap();
                 let path = |name: &str| folder.path().join(name);
-                let mut targets = vec![path("hf"), path("model.npz")];
+                let mut targets = vec![path("hf"), path("model.npz"), path("model.gguf")];
                 save_hugging_face(&source, &targets[0], Some(dtype)).unwrap();
                 save_npz(&source, &targets[1], Some(dtype)).unwrap();
+                // From the rounded file, as GGUF itself rounds projections and embedding only.
+                to_gguf(&ModelSource::open(&targets[0]).unwrap(), &targets[2], None);
                 if model == "mamba1" {
                     targets.push(path("original"));
-                    save_original(&source, &targets[2], Some(dtype)).unwrap();
-                    targets.push(targets[2].join("pytorch_model.bin"));
+                    save_original(&source, &targets[3], Some(dtype)).unwrap();
+                    targets.push(targets[3].join("pytorch_model.bin"));
                 }
                 for target in targets {
-                    let what = format!("{model}/{original} as {dtype} in {}", target.display());
-                    let loaded = load_model(&target).unwrap();
-                    match dtype {
-                        DType::F32 => check_prompts(&loaded, &expected, &what),
-                        _ => check_rounded(&loaded, &expected, &what),
-                    }
+                    let source = ModelSource::open(&target).unwrap();
+                    let file = format!("{model}/{original} as {dtype} in {}", target.display());
+                    with_runners(&source, |runner, what| {
+                        let what = format!("{file}, {what}");
+                        match dtype {
+                            DType::F32 => check_prompts(runner, &expected, &what),
+                            _ => check_rounded(runner, &expected, &what),
+                        }
+                    });
                 }
             }
+        }
+    }
+}
+
+/// The engine's logits and states are those of the model that the file becomes.
+fn check_like_model(source: &ModelSource, what: &str) {
+    let ids: Vec<u32> = (0..300).map(|i| (i * i * 31 + i * 7 + 5) % 256).collect();
+    let model = source.load().unwrap();
+    let (goal, goal_state) = run(&mut ModelRunner::new(&model), &ids, None);
+    let mut engine = CpuEngine::from_source(source, None, 2).unwrap();
+    let (logits, state) = run(&mut engine, &ids, None);
+    close(&logits, &goal, LOGITS, what);
+    for (layer, goal) in state.layers.iter().zip(&goal_state.layers) {
+        for name in ["conv_state", "ssm_state"] {
+            let [found, goal] = [layer, goal].map(|layer| layer.get(name).unwrap().to_f64_vec());
+            close(&found.unwrap(), &goal.unwrap(), LOGITS, what);
+        }
+    }
+}
+
+#[test]
+fn halves_in_gguf_and_on_the_engine() {
+    let folder = tempfile::tempdir().unwrap();
+    for model in ["mamba1", "falcon_mamba"] {
+        let source = ModelSource::open(&golden(model).join("hf")).unwrap();
+        for encoding in [Encoding::F16, Encoding::BF16] {
+            let file = folder.path().join(format!("{model}-{encoding}.gguf"));
+            to_gguf(&source, &file, Some(encoding));
+            let half = ModelSource::open(&file).unwrap();
+            assert_eq!(CpuEngine::from_source(&half, None, 1).unwrap().encoding(), encoding);
+            check_like_model(&half, &format!("{model} in {encoding}"));
+        }
+    }
+}
+
+/// MambaByte: LayerNorm with bias over 256 bytes; no golden values, so beside the model that is tested by its own.
+#[test]
+fn mambabyte_on_the_engine_from_every_format() {
+    let config = MambaConfig { norm: NormKind::Layer, ..MambaConfig::bytes(64, 3) };
+    let mut model = LanguageModel::new(&config, 11).unwrap();
+    model
+        .visit(&mut |parameter| {
+            if parameter.name.ends_with("norm.bias") || parameter.name.ends_with("norm_f.bias") {
+                let values = parameter.tensor.data_mut::<f32>()?;
+                values.iter_mut().enumerate().for_each(|(i, v)| *v = (i % 9) as f32 * 0.05 - 0.2);
+            }
+            Ok(())
+        })
+        .unwrap();
+    for dtype in [DType::F32, DType::BF16] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        hf::save_model(&path("hf"), &mut model, dtype).unwrap();
+        let source = ModelSource::open(&path("hf")).unwrap();
+        assert_eq!(source.config().norm, NormKind::Layer);
+        save_npz(&source, &path("model.npz"), None).unwrap();
+        to_gguf(&source, &path("model.gguf"), None);
+        save_original(&source, &path("original"), None).unwrap();
+        for file in ["hf", "model.npz", "model.gguf", "original"] {
+            let source = ModelSource::open(&path(file)).unwrap();
+            assert_eq!(source.config().norm, NormKind::Layer, "{file}");
+            check_like_model(&source, &format!("{file} in {dtype}"));
         }
     }
 }
@@ -144,7 +227,7 @@ fn falcon_mamba_on_every_device() {
     let expected = Expected::of("falcon_mamba");
     for model in falcons() {
         let input = expected.ids("prompt0.input_ids");
-        let (logits, state) = run(&model, &input, None);
+        let (logits, state) = run(&mut ModelRunner::new(&model), &input, None);
         close(&logits, &expected.values("prompt0.logits"), LOGITS, "logits");
         for (i, layer) in state.layers.iter().enumerate() {
             let ssm = layer.get("ssm_state").unwrap().to_f64_vec().unwrap();

@@ -5,10 +5,11 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use elapid_infer::{
-    Error, Finish, Generated, Handle, Limits, ModelRunner, Options, Request, Runner, Sampler,
-    Sampling, Scheduler, TextStream, Update, generate,
+    CpuEngine, Error, Finish, Generated, Handle, Limits, ModelRunner, Options, Request, Runner,
+    Sampler, Sampling, Scheduler, TextStream, Update, generate,
 };
 use elapid_models::{LanguageModel, MambaConfig, State};
+use elapid_ops::blocks::Encoding;
 use elapid_tensor::cuda::Gpu;
 use elapid_tensor::{DType, Device, Sequence, Sequences, Tensor};
 use proptest::prelude::*;
@@ -240,6 +241,20 @@ fn examples() -> Vec<Case> {
             cancelled: (i == 5).then_some(2),
         })
         .collect()
+}
+
+/// Greedy and seeded sequences together and alone, bit for bit, whatever the weights are.
+#[test]
+fn on_the_decode_engine_of_the_cpu() {
+    let mut model = LanguageModel::new(&MambaConfig::bytes(256, 2), 5).unwrap();
+    for encoding in [Encoding::F32, Encoding::BF16, Encoding::Q8_0, Encoding::Q4_K] {
+        let mut engine = CpuEngine::from_model(&mut model, Some(encoding), 2).unwrap();
+        assert_eq!(engine.encoding(), encoding);
+        for (slots, prefill_tokens) in [(3, 16), (7, 512)] {
+            let limits = Limits { slots, prefill_tokens, ..Limits::default() };
+            check(&mut engine, &examples(), limits);
+        }
+    }
 }
 
 #[test]

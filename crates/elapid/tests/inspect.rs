@@ -45,6 +45,43 @@ fn state_files_and_other_files() {
     program.run(&["inspect", "none"]).fails(1, &["none"]);
 }
 
+/// A Mamba-2 cannot be loaded, but looked into.
+#[test]
+fn a_gguf_of_mamba_2() {
+    use elapid::formats::gguf::{ElementType, Planned, Value, write_gguf};
+
+    let program = Program::new();
+    let tensors = [
+        ("token_embd.weight", vec![10, 8]),
+        ("blk.0.ssm_norm.weight", vec![2, 8]),
+        ("blk.0.ssm_dt.bias", vec![4]),
+    ];
+    let plan = tensors.each_ref().map(|(name, shape)| Planned {
+        name: (*name).into(),
+        shape: shape.clone(),
+        element: ElementType::new(0).unwrap(),
+        bytes: 4 * shape.iter().product::<usize>() as u64,
+    });
+    let metadata = [
+        ("general.architecture".to_owned(), Value::from("mamba2")),
+        ("mamba2.block_count".to_owned(), Value::U32(1)),
+        ("mamba2.ssm.group_count".to_owned(), Value::U32(2)),
+    ];
+    let mut file = std::fs::File::create(program.path("m2.gguf")).unwrap();
+    write_gguf(&mut file, &metadata, &plan, |index, out| {
+        out.write_all(&vec![0; plan[index].bytes as usize])
+    })
+    .unwrap();
+    let text = program.run(&["inspect", "m2.gguf", "--tensors"]).ok();
+    for part in
+        ["file of tensors", "general.architecture: mamba2", "layers.0.mixer.norm.weight", "[2, 8]"]
+    {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    let load = ["generate", "--model", "m2.gguf", "--tokens", "1"];
+    program.run(&load).fails(1, &["m2.gguf", "Mamba-2 can be inspected, but not loaded"]);
+}
+
 #[test]
 fn doctor_finds_this_machine_sound() {
     let program = Program::with_model();

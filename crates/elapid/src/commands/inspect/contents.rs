@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use elapid_formats::checkpoint::Store;
+use elapid_formats::gguf::{GgufFile, to_hugging_face};
 use elapid_formats::{Bytes, Format, Layout, StateFile, TensorFile, Weights, hf};
 use elapid_models::{MambaConfig, NormKind};
 use serde::Serialize;
@@ -100,8 +101,6 @@ fn file(path: &Path) -> Result<Report> {
         return folder(path.parent().unwrap_or(Path::new(".")));
     }
     let weights = Weights::open(path);
-    let safetensors =
-        weights.as_ref().map_or(true, |weights| weights.format == Format::Safetensors);
     if let Ok(weights) = &weights
         && weights.files != [path]
     {
@@ -109,6 +108,7 @@ fn file(path: &Path) -> Result<Report> {
         return folder(path.parent().unwrap_or(Path::new(".")));
     }
     let file = describe(path)?;
+    let safetensors = file.format == Format::Safetensors.to_string();
     let is_state = file.metadata.get("format").is_some_and(|format| format == STATE_FORMAT);
     let state = if is_state { Some(state(path)?) } else { None };
     // A safetensors file may be anything; of the other formats only models are read.
@@ -222,9 +222,24 @@ fn describe(path: &Path) -> Result<File> {
             }
             (weights.format, weights.metadata)
         }
-        Err(error)
-            if [&b"PK"[..], b"\x80", b"GGUF"].iter().any(|start| bytes.starts_with(start)) =>
-        {
+        // Also models that cannot be loaded: of other architectures, of other element types.
+        Err(_) if bytes.starts_with(b"GGUF") => {
+            let file = GgufFile::from_bytes(path, bytes)?;
+            let architecture = file.architecture().unwrap_or_default();
+            for tensor in file.tensors() {
+                let name = to_hugging_face(architecture, &tensor.name);
+                tensors.push(TensorEntry {
+                    name: name.unwrap_or_else(|| tensor.name.clone()),
+                    dtype: tensor.element.to_string(),
+                    shape: tensor.shape.clone(),
+                    bytes: tensor.range.len(),
+                });
+            }
+            let metadata = file.metadata().iter();
+            let metadata = metadata.map(|(key, value)| (key.clone(), value.to_string()));
+            (Format::Gguf, metadata.collect())
+        }
+        Err(error) if [&b"PK"[..], b"\x80"].iter().any(|start| bytes.starts_with(start)) => {
             return Err(error.into());
         }
         // Tensors of every type, not only weights.
