@@ -2,7 +2,9 @@
 //! language model, or its decode engine where `--weights` asks for it. What trains or needs gradients takes a
 //! [`LanguageModel`] instead.
 
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
@@ -17,6 +19,7 @@ use crate::cli::Placement;
 use crate::exit::Usage;
 use crate::model_folder;
 use crate::progress::{Bar, Unit};
+use crate::text_of::TextOf;
 
 /// Loading that takes longer shows its progress.
 const PATIENCE: Duration = Duration::from_millis(700);
@@ -42,6 +45,28 @@ impl ReadyModel {
         check_weights(weights, placement)?;
         let (source, folder) = model_folder::open(path)?;
         Self::of_source(source, folder, placement, weights)
+    }
+
+    /// The same, and what its tokens mean; a large tokenizer takes as long to read as a model, so both are read at
+    /// once.
+    ///
+    /// # Errors
+    /// As [`ReadyModel::open`] and [`TextOf::model`].
+    pub fn open_with_text(
+        path: &Path,
+        placement: &Placement,
+        weights: Option<Encoding>,
+        tokenizer: Option<&Path>,
+    ) -> Result<(Self, TextOf)> {
+        check_weights(weights, placement)?;
+        let (source, folder) = model_folder::open(path)?;
+        let (of_text, config) = (folder.clone(), source.config().clone());
+        thread::scope(|scope| {
+            let text = scope.spawn(move || TextOf::model(&of_text, &config, tokenizer));
+            let ready = Self::of_source(source, folder, placement, weights);
+            let text = text.join().unwrap_or_else(|panic| resume_unwind(panic));
+            Ok((ready?, text?))
+        })
     }
 
     /// Loads an open model.

@@ -15,7 +15,6 @@ use crate::exit::Usage;
 use crate::output::{Table, grouped, print_json, rate};
 use crate::progress::{Bar, Unit};
 use crate::ready_model::ReadyModel;
-use crate::text_of::TextOf;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -95,8 +94,8 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     };
     let texts = Documents::load(&source)?;
     let weights = arguments.weights.weights;
-    let mut ready = ReadyModel::open(&arguments.model.model, &placement, weights)?;
-    let text_of = TextOf::model(ready.folder(), ready.config(), arguments.tokenizer.as_deref())?;
+    let (path, tokenizer) = (&arguments.model.model, arguments.tokenizer.as_deref());
+    let (mut ready, text_of) = ReadyModel::open_with_text(path, &placement, weights, tokenizer)?;
     let tokenizer = text_of.tokenizer()?;
     // Bytes are their own ids, and stay in the mapped file.
     let encoded = match tokenizer.is_bytes() {

@@ -173,9 +173,9 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
 
     let placement = global.placement()?;
     let weights = arguments.weights.weights;
-    let mut ready = ReadyModel::open(&arguments.model.model, &placement, weights)?;
+    let (path, tokenizer) = (&arguments.model.model, arguments.tokenizer.as_deref());
+    let (mut ready, text) = ReadyModel::open_with_text(path, &placement, weights, tokenizer)?;
     let place = Place { device: placement.device.to_string(), dtype: ready.dtype() };
-    let text = TextOf::model(ready.folder(), ready.config(), arguments.tokenizer.as_deref())?;
     options.tokenizer = text.tokenizer.clone();
     if !arguments.ignore_eos {
         options.end_of_sequence = text.end_of_sequence.clone();
