@@ -32,8 +32,19 @@ pub(super) unsafe fn rows(
 }
 
 unsafe fn of<B: Blocks>(weight: &Weight<'_>, x: &Activations<'_>, rows: Range<usize>, out: Output) {
-    // SAFETY: the caller's.
+    // SAFETY: the caller's; instruction sets are looked for.
     unsafe {
+        #[cfg(target_arch = "x86_64")]
+        if super::quads_x86::has(B::ENCODING) {
+            // One token with blocks of 32 is read where it lies, at the speed of memory.
+            let direct = x.tokens() == 1 && B::LEN == 32;
+            if super::panel_x86::has_vnni() && !direct {
+                return super::quads_x86::vnni(weight, x, rows, out);
+            }
+            if super::dense_x86::has_avx2() && !direct {
+                return super::quads_x86::avx2(weight, x, rows, out);
+            }
+        }
         if x.tokens() <= DIRECT {
             direct::rows::<B>(weight, x, rows, out);
         } else {

@@ -4,9 +4,8 @@
 //! One definition holds for every number of tokens, so that decoding, batches and prompts agree bit for bit; a
 //! row's sum does not depend on T, on threads, or on how rows are shared out.
 //!
-//! - **Floats** (`dense.rs`): x stays f32. Lane l of a vector adds up the terms k ≡ l (mod lanes) by fused
-//!   multiply-adds in ascending order; the lanes are then added in halves. The number of lanes is the
-//!   processor's.
+//! - **Floats** (`dense.rs`): x stays f32. Lane l of sixteen adds up the terms k ≡ l (mod 16) by fused
+//!   multiply-adds in ascending order; the lanes are then added in halves: the same bits on every machine that fuses.
 //! - **Blocks of integers** (`integers.rs`): x is rounded to eight bits under a scale for each 32 (`q8_0`, `q4_0`) or
 //!   256 (`q4_k`, `q6_k`) elements ([`Activations`]). The integers of a block are added up exactly, then
 //!   `y ← fma(d_w d_x, Σ, y)` block after block: the same bits on every machine that fuses.
@@ -26,6 +25,10 @@ mod integers;
 mod panel;
 #[cfg(target_arch = "x86_64")]
 mod panel_x86;
+#[cfg(target_arch = "x86_64")]
+mod quads;
+#[cfg(target_arch = "x86_64")]
+mod quads_x86;
 mod reference;
 #[cfg(test)]
 mod tests;

@@ -165,6 +165,31 @@ fn of<B: unpack::Blocks>(weight: &Weight<'_>, x: &Activations<'_>) {
         unsafe { kernel(&mut panel::Panel::default(), weight, x, 0..rows, 0..tokens, out) };
         assert_eq!(bits(&y), bits(&goal), "{name}, {}", B::ENCODING);
     }
+    #[cfg(target_arch = "x86_64")]
+    if quads_x86::has(B::ENCODING) {
+        type Kernel = unsafe fn(&Weight<'_>, &Activations<'_>, Range<usize>, Output);
+        let mut kernels: Vec<(&str, Kernel)> = Vec::new();
+        if dense_x86::has_avx2() {
+            kernels.push(("quads on avx2", quads_x86::avx2));
+        }
+        if panel_x86::has_vnni() {
+            kernels.push(("quads on avx512 with vnni", quads_x86::vnni));
+        }
+        let (x, columns) = (x.floats().0, x.columns());
+        for tokens in 1..=tokens {
+            // SAFETY: the rows of the input.
+            let x = unsafe { std::slice::from_raw_parts(x, tokens * columns) };
+            let mut storage = Storage::new(B::ENCODING, tokens, columns);
+            let activations = storage.fill(x);
+            for (name, kernel) in &kernels {
+                let mut y = vec![f32::NAN; rows * tokens];
+                let out = Output { pointer: y.as_mut_ptr(), stride: rows };
+                // SAFETY: `y` has every element; the instruction set was found.
+                unsafe { kernel(weight, &activations, 0..rows, out) };
+                assert_eq!(bits(&y), bits(&goal[..y.len()]), "{name}, {}, {tokens}", B::ENCODING);
+            }
+        }
+    }
     let mut y = vec![f32::NAN; rows * tokens];
     // SAFETY: `y` has every element.
     unsafe {
