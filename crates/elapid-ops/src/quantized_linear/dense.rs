@@ -482,10 +482,10 @@ impl Tile {
         // SAFETY: the caller's; a part begins inside of every vector of columns.
         unsafe {
             for part in 0..L::PARTS {
-                let mut sums = [[L::part_zero(); ROWS]; T];
+                let mut sums = [[L::part_zero(); T]; ROWS];
                 if self.columns.start > 0 {
-                    for (t, sums) in sums.iter_mut().enumerate() {
-                        for (r, sum) in sums.iter_mut().enumerate() {
+                    for (r, sums) in sums.iter_mut().enumerate() {
+                        for (t, sum) in sums.iter_mut().enumerate() {
                             *sum = L::part(self.sums.add((t * ROWS + r) * LANES + part * step));
                         }
                     }
@@ -503,16 +503,16 @@ impl Tile {
                     for (t, input) in inputs.iter_mut().enumerate() {
                         *input = L::part(x.add(t * self.width + k));
                     }
-                    for r in 0..ROWS {
+                    for (r, sums) in sums.iter_mut().enumerate() {
                         let w = L::part(wide.add(r * self.width + k));
-                        for t in 0..T {
-                            sums[t][r] = L::part_mul_add(w, inputs[t], sums[t][r]);
+                        for (sum, &input) in sums.iter_mut().zip(&inputs) {
+                            *sum = L::part_mul_add(w, input, *sum);
                         }
                     }
                     k += LANES;
                 }
-                for (t, sums) in sums.iter().enumerate() {
-                    for (r, &sum) in sums.iter().enumerate() {
+                for (r, sums) in sums.iter().enumerate() {
+                    for (t, &sum) in sums.iter().enumerate() {
                         L::part_store(sum, self.sums.add((t * ROWS + r) * LANES + part * step));
                     }
                 }

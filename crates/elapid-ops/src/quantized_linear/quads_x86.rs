@@ -145,9 +145,6 @@ unsafe fn arrange_k<const PAIRS: bool>(rows: &[*const u8; ROWS], to: *mut u8) {
             // d and m, then the twelve bytes of `q4_k::scales`.
             let [dm, a, b, c] = transposed(rows, 8 * half, 0);
             let six = _mm256_set1_epi8(63);
-            let two = _mm256_set1_epi8(3);
-            let upper =
-                |v| _mm256_slli_epi16::<4>(_mm256_and_si256(_mm256_srli_epi16::<6>(v), two));
             let s =
                 [_mm256_and_si256(a, six), _mm256_or_si256(_mm256_and_si256(c, nibble), upper(a))];
             let c = _mm256_srli_epi16::<4>(c);
@@ -176,6 +173,13 @@ unsafe fn arrange_k<const PAIRS: bool>(rows: &[*const u8; ROWS], to: *mut u8) {
             _mm256_store_ps(to.add(M).cast(), m);
         }
     }
+}
+
+/// The upper two bits of bytes where bits 4 and 5 belong.
+#[inline(always)]
+unsafe fn upper(v: __m256i) -> __m256i {
+    // SAFETY: as above.
+    unsafe { _mm256_and_si256(_mm256_srli_epi16::<2>(v), _mm256_set1_epi8(0x30)) }
 }
 
 /// The half-precision numbers in the lower halves of the lanes.
