@@ -1,43 +1,31 @@
 //! The f32 matrix product on the CPU: blocking, small-row special cases and the division among threads.
 //!
-//! Work is divided into rectangles of the result, never along k, and each rectangle packs what it needs, so
-//! the bits of the result depend neither on the number of threads nor on the number of rows. Both operands are
-//! brought into the tiles' order (`pack.rs`) unless so little uses them that this would cost more than it saves;
-//! then they are read in place.
+//! Work is divided into parts of the result, never along k, so the bits of the result depend neither on the number of
+//! threads nor on the number of rows. Both operands are brought into the tiles' order (`pack.rs`) unless so little uses
+//! them that this would cost more than it saves; then they are read in place. On several threads the right operand is
+//! packed once for all, and blocks of rows go to whoever is free.
 
-use super::kernel::{KC, Left, MAX_MR, MAX_NR, Operand, Tile, run_tile, tile_columns, tile_shape};
+use super::block::{
+    MC, NC, Output, PACK_COLUMNS, PackPanels, Panels, Rectangle, RowBlock, TileShape,
+};
+use super::kernel::{KC, MAX_MR, MAX_NR, Operand};
 use super::matvec;
-use super::pack::{COPIED_ROW, copy_rows, pack_columns, pack_rows, panel_stride, tile_stride};
-use pulp::{Arch, Simd, WithSimd};
+use super::pack::PANEL_GAP;
+use pulp::Arch;
 use rayon::prelude::*;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Rows of the left operand kept in the second-level cache while all panels pass by: a multiple of every MR.
-const MC: usize = 96;
-/// Columns packed at a time: KC x NC floats are 1 MiB.
-const NC: usize = 1024;
+/// Values of the right operand packed at a time by all threads together: 4 MiB.
+const PACKED: usize = 1 << 20;
 /// Multiply-adds below which a product stays on one thread: about 20 us of work.
 const PARALLEL_WORK: usize = 1 << 20;
 /// Most columns of a result that is computed transposed.
 const THIN: usize = 64;
-/// Tasks of a thread: more would even out a thread that is held up, but every task packs its part of the operands.
+/// The rows that are left, by threads and this, are a block's, if that is less than [`MC`].
 const TASKS: usize = 2;
-/// Least multiply-adds of one task.
-const TASK_WORK: usize = 1 << 18;
-
-/// Fewest rows and columns of a rectangle for which rows of the left operand are copied.
-const COPY_ROWS: usize = 16;
-const COPY_COLUMNS: usize = 64;
-
-/// Cost of an element of the left operand copied or read in place: a pass over the caches.
-const LEFT_IN_PLACE: f64 = 0.2;
-/// Cost of an element packed by whole vectors.
-const PACK_PANELS: f64 = 0.4;
-/// Cost of an element packed by transposing or in short runs.
-const PACK: f64 = 1.0;
-
-/// A division into fewer rows must cost less than this part of that into most rows.
-const CLEARLY: f64 = 0.97;
+/// Fewest rows of a block, as each reads all panels: a multiple of every MR.
+const LEAST_ROWS: usize = 48;
 
 /// A strided matrix over a slice: element (i, j) is `data[i * row_stride + j * col_stride]`.
 #[derive(Debug, Clone, Copy)]
@@ -83,26 +71,16 @@ impl<'a> Matrix<'a> {
             .is_some_and(|last| last < self.data.len())
     }
 
-    fn operand(&self) -> Operand {
+    pub(super) fn operand(&self) -> Operand {
         Operand { ptr: self.data.as_ptr(), row: self.row_stride, col: self.col_stride }
     }
 }
 
-/// The result matrix, shared by the tasks that each own a rectangle of it.
-#[derive(Clone, Copy)]
-struct Output {
-    ptr: *mut f32,
-    stride: usize,
-}
-
-// SAFETY: tasks write disjoint rectangles.
-unsafe impl Send for Output {}
-// SAFETY: as above.
-unsafe impl Sync for Output {}
-
 thread_local! {
     /// Packed panels, kept between products: fresh megabytes would fault in page by page each time.
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    /// Panels that all threads share, kept by the one that asked for the product.
+    static PANELS: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
 /// `out = a b` with `out` [M, N] row-major and contiguous, a [M, K], b [K, N].
@@ -184,49 +162,98 @@ fn run(out: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, add: bool) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
     let output = Output { ptr: out.as_mut_ptr(), stride: n };
     let (a, b) = (a.operand(), b.operand());
-    let work = m * n * k;
     let threads = rayon::current_num_threads();
-    if work < PARALLEL_WORK || threads == 1 {
+    if m * n * k < PARALLEL_WORK || threads == 1 {
         rectangle(output, a, b, [m, n, k], add);
-        return;
+    } else if m <= MAX_MR {
+        // Every panel is used once or twice: each task brings its own.
+        let step = n.div_ceil(threads * TASKS).next_multiple_of(MAX_NR);
+        (0..n.div_ceil(step)).into_par_iter().with_max_len(1).for_each(|task| {
+            let j = task * step;
+            // SAFETY: column j is inside the result and the operand; rectangles of different tasks are disjoint.
+            unsafe {
+                let corner = Output { ptr: { output }.ptr.add(j), stride: n };
+                rectangle(corner, a, b.at(0, j), [m, step.min(n - j), k], add);
+            }
+        });
+    } else {
+        shared(output, a, b, [m, n, k], add, threads);
     }
-    let (row_step, col_step) = division([m, n, k], a, b, threads);
-    let (row_tasks, col_tasks) = (m.div_ceil(row_step), n.div_ceil(col_step));
-    (0..row_tasks * col_tasks).into_par_iter().with_max_len(1).for_each(|task| {
-        let (i, j) = (task / col_tasks * row_step, task % col_tasks * col_step);
-        let (rows, cols) = (row_step.min(m - i), col_step.min(n - j));
-        // SAFETY: (i, j) is inside the result and the operands; rectangles of different tasks are disjoint.
-        unsafe {
-            let corner = Output { ptr: { output }.ptr.add(i * n + j), stride: n };
-            rectangle(corner, a.at(i, 0), b.at(0, j), [rows, cols, k], add);
+}
+
+/// A product on several threads: they pack the right operand together, [`PACKED`] values at a time, and then each takes
+/// blocks of rows until none is left.
+fn shared(c: Output, a: Operand, b: Operand, [m, n, k]: [usize; 3], add: bool, threads: usize) {
+    let (_, nr) = Arch::new().dispatch(TileShape);
+    // Taken, not borrowed: while it waits, this thread may be given a task with a product of its own.
+    let mut scratch = PANELS.take();
+    for j0 in (0..n).step_by(NC) {
+        let cols = NC.min(n - j0);
+        let depth = (PACKED / cols / KC).max(1) * KC;
+        for k0 in (0..k).step_by(depth) {
+            let k = depth.min(k - k0);
+            let room = k.div_ceil(KC) * cols.div_ceil(nr) * (KC.min(k) * nr + PANEL_GAP);
+            if scratch.len() < room {
+                scratch.resize(room, 0.0);
+            }
+            let panels = Panels { ptr: scratch.as_mut_ptr(), k, cols };
+            // SAFETY: (k0, j0) is inside the operands and column j0 inside the result.
+            let (a, b, c) = unsafe {
+                (a.at(0, k0), b.at(k0, j0), Output { ptr: c.ptr.add(j0), stride: c.stride })
+            };
+            let groups = cols.div_ceil(PACK_COLUMNS);
+            each(groups * k.div_ceil(KC), threads, |i| {
+                let (k0, j) = (i / groups * KC, i % groups * PACK_COLUMNS);
+                Arch::new().dispatch(PackPanels { b, panels, k0, j });
+            });
+            let tasks = tasks(m, cols, threads);
+            each(tasks.len(), threads, |i| {
+                let Task { rows: (i, m), cols: (j, n) } = tasks[i];
+                let add = add || k0 > 0;
+                SCRATCH.with_borrow_mut(|scratch| {
+                    Arch::new().dispatch(RowBlock { c, a, panels, i, m, j, n, add, scratch });
+                });
+            });
+        }
+    }
+    PANELS.set(scratch);
+}
+
+/// Calls `work` with 0..count on all threads, each taking the next number when it has done one.
+fn each(count: usize, threads: usize, work: impl Fn(usize) + Sync) {
+    let next = AtomicUsize::new(0);
+    (0..threads.min(count)).into_par_iter().with_max_len(1).for_each(|_| {
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            if i >= count {
+                return;
+            }
+            work(i);
         }
     });
 }
 
-/// Rows and columns of one task, about two tasks a thread. Each task packs its own part of the operands, so of
-/// all divisions the one is taken whose longest thread has least to do by a rough count of cycles: a task of few
-/// rows packs much of the right operand for little work, one of few columns passes over much of the left one.
-fn division([m, n, k]: [usize; 3], a: Operand, b: Operand, threads: usize) -> (usize, usize) {
-    // Per element, in units of sixteen multiply-adds.
-    let left = if a.col == 1 { LEFT_IN_PLACE } else { PACK };
-    let right = if b.col == 1 { PACK_PANELS } else { PACK };
-    let tasks = (m * n * k / TASK_WORK).clamp(1, threads * TASKS);
-    let division = |row_tasks: usize| {
-        let col_tasks = tasks.div_ceil(row_tasks);
-        let row_step = m.div_ceil(row_tasks).next_multiple_of(MAX_MR).min(m.max(1));
-        let col_step = n.div_ceil(col_tasks).next_multiple_of(MAX_NR).min(n.max(1));
-        (row_step, col_step)
-    };
-    let cost = |&(row_step, col_step): &(usize, usize)| {
-        let rounds = (m.div_ceil(row_step) * n.div_ceil(col_step)).div_ceil(threads);
-        let work = (row_step * col_step) as f64 / 16.0;
-        rounds as f64 * (work + left * row_step as f64 + right * col_step as f64)
-    };
-    // Whole rows unless something else is clearly better: they write the result in the longest runs.
-    let most_rows = tasks.min(m.div_ceil(MC)).max(1);
-    let rows = division(most_rows);
-    let best = (1..most_rows).map(division).min_by(|x, y| cost(x).total_cmp(&cost(y)));
-    best.filter(|best| cost(best) < CLEARLY * cost(&rows)).unwrap_or(rows)
+/// First and number of rows and of columns of a part of the result.
+struct Task {
+    rows: (usize, usize),
+    cols: (usize, usize),
+}
+
+/// Blocks of [`MC`] rows, and of fewer towards the end so that all threads end together; columns are divided only where
+/// rows are few.
+fn tasks(m: usize, n: usize, threads: usize) -> Vec<Task> {
+    let mut rows = Vec::new();
+    let mut done = 0;
+    while done < m {
+        let share = (m - done).div_ceil(threads * TASKS).next_multiple_of(MAX_MR);
+        let step = share.clamp(LEAST_ROWS, MC).min(m - done);
+        rows.push((done, step));
+        done += step;
+    }
+    let parts = (threads * TASKS).div_ceil(rows.len());
+    let step = n.div_ceil(parts).next_multiple_of(MAX_NR);
+    let split = |rows| (0..n).step_by(step).map(move |j| Task { rows, cols: (j, step.min(n - j)) });
+    rows.into_iter().flat_map(split).collect()
 }
 
 fn rectangle(c: Output, a: Operand, b: Operand, [m, n, k]: [usize; 3], add: bool) {
@@ -240,132 +267,27 @@ fn rectangle(c: Output, a: Operand, b: Operand, [m, n, k]: [usize; 3], add: bool
     });
 }
 
-struct Rectangle<'a> {
-    c: Output,
-    a: Operand,
-    b: Operand,
-    m: usize,
-    n: usize,
-    k: usize,
-    /// Whether the product is added to the result's values.
-    add: bool,
-    scratch: &'a mut Vec<f32>,
-}
-
-impl WithSimd for Rectangle<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let Self { c, a, b, m, n, k, add, scratch } = self;
-        let (mr, nr) = (tile_shape::<S>().0, tile_columns::<S>());
-        // With one tile of rows every panel is used once: full panels are then read in place.
-        let in_place = b.col == 1 && m <= mr;
-        let left = left_of(a, m, n);
-        let kc_most = KC.min(k);
-        let b_room = n.min(NC).div_ceil(nr) * panel_stride::<S>(kc_most);
-        let a_room = match left {
-            Left::InPlace => 0,
-            Left::Copied => m.min(MC) * COPIED_ROW,
-            Left::Packed => m.min(MC).div_ceil(mr) * tile_stride::<S>(kc_most),
-        };
-        if scratch.len() < a_room + b_room {
-            scratch.resize(a_room + b_room, 0.0);
-        }
-        let (b_pack, a_pack) = scratch.split_at_mut(b_room);
-        let (b_pack, a_pack) = (b_pack.as_mut_ptr(), a_pack.as_mut_ptr());
-        for j0 in (0..n).step_by(NC) {
-            let cols = NC.min(n - j0);
-            for k0 in (0..k).step_by(KC) {
-                let kc = KC.min(k - k0);
-                let (panel, tile) = (panel_stride::<S>(kc), tile_stride::<S>(kc));
-                let full = if in_place { cols / nr * nr } else { 0 };
-                // SAFETY: the blocks are inside the operands, the packed images inside the scratch, and the
-                // tiles inside the rectangle, which is this task's own.
-                unsafe {
-                    pack_columns(simd, b.at(k0, j0 + full), kc, cols - full, b_pack);
-                    for i0 in (0..m).step_by(MC) {
-                        let rows = MC.min(m - i0);
-                        let block = a.at(i0, k0);
-                        match left {
-                            Left::InPlace => {}
-                            Left::Copied => copy_rows(simd, block, rows, kc, a_pack),
-                            Left::Packed => pack_rows(simd, block, rows, kc, a_pack),
-                        }
-                        for j in (0..cols).step_by(nr) {
-                            let (b, b_step) = if j < full {
-                                (b.at(k0, j0 + j).ptr.cast_mut(), b.row)
-                            } else {
-                                (b_pack.add((j - full) / nr * panel), nr)
-                            };
-                            for i in (0..rows).step_by(mr) {
-                                let (a, a_row) = match left {
-                                    Left::InPlace => (block.at(i, 0).ptr, block.row),
-                                    Left::Copied => (a_pack.cast_const().add(i * COPIED_ROW), 0),
-                                    Left::Packed => (a_pack.cast_const().add(i / mr * tile), 0),
-                                };
-                                run_tile(
-                                    simd,
-                                    Tile {
-                                        a,
-                                        a_row,
-                                        left,
-                                        b,
-                                        b_step,
-                                        k: kc,
-                                        c: c.ptr.add((i0 + i) * c.stride + j0 + j),
-                                        c_stride: c.stride,
-                                        rows: mr.min(rows - i),
-                                        cols: nr.min(cols - j),
-                                        add: add || k0 > 0,
-                                    },
-                                );
-                            }
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// How a block of the left operand reaches the tiles of a rectangle of `m x n`: one that few columns use is not worth
-/// a copy.
-fn left_of(a: Operand, m: usize, n: usize) -> Left {
-    if a.col != 1 {
-        Left::Packed
-    } else if m >= COPY_ROWS && n >= COPY_COLUMNS {
-        Left::Copied
-    } else {
-        Left::InPlace
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{close, random, widen};
+    use crate::testing::{on_threads, random};
 
-    /// The tile shapes of machines without vectors agree with those of this one.
+    /// Several turns of packing, columns divided among threads, and the last rows in smaller blocks: all of the bits of
+    /// one rectangle.
     #[test]
-    fn scalar_tiles() {
-        for (m, n, k) in [(1, 1, 1), (5, 7, 3), (13, 33, 300), (100, 20, 40)] {
+    fn threads_share_panels() {
+        for (m, n, k) in [(20, 1100, 2100), (700, 40, 300), (301, 130, 17)] {
             let (a, b) = (random(1, m * k), random(2, n * k));
-            for a_matrix in [Matrix::row_major(&a, m, k), Matrix::row_major(&a, k, m).transposed()]
-            {
-                for b_matrix in
-                    [Matrix::row_major(&b, k, n), Matrix::row_major(&b, n, k).transposed()]
-                {
-                    let mut want = vec![0.0; m * n];
-                    assert!(gemm(&mut want, a_matrix, b_matrix));
-                    let mut got = vec![0.0; m * n];
-                    let c = Output { ptr: got.as_mut_ptr(), stride: n };
-                    let (a, b, scratch) = (a_matrix.operand(), b_matrix.operand(), &mut Vec::new());
-                    Rectangle { c, a, b, m, n, k, add: false, scratch }
-                        .with_simd(pulp::Scalar::new());
-                    close("product", &widen(&got), &widen(&want), 2e-6);
-                }
-            }
+            let a = Matrix::row_major(&a, m, k);
+            let b = Matrix::row_major(&b, n, k).transposed();
+            let (mut want, mut got) = (vec![1.0; m * n], vec![1.0; m * n]);
+            let output = |out: &mut [f32]| Output { ptr: out.as_mut_ptr(), stride: n };
+            rectangle(output(&mut want), a.operand(), b.operand(), [m, n, k], true);
+            on_threads(3, || {
+                shared(output(&mut got), a.operand(), b.operand(), [m, n, k], true, 3);
+            });
+            let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&got), bits(&want), "{m} x {n} x {k}");
         }
     }
 }

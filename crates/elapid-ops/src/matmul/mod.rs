@@ -6,6 +6,7 @@
 //! measurements behind this. On a GPU, products go through cuBLASLt: an operand of bf16 makes the other one bf16, too,
 //! sums are f32, and the gradient of an f32 operand is f32.
 
+mod block;
 mod cpu;
 mod kernel;
 mod matvec;

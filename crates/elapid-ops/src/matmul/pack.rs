@@ -23,11 +23,14 @@ const TILES: usize = 16;
 /// Terms by which packing asks for memory ahead; the processor does not foresee rows so far apart.
 const AHEAD: usize = 8;
 
+/// Elements between packed panels.
+pub(super) const PANEL_GAP: usize = LINE;
+
 /// Elements from one packed panel of `k` terms to the next: a line more than it holds, or the panels' rows would
 /// fall on the same few sets of the first-level cache while they are written.
 #[inline(always)]
 pub(super) const fn panel_stride<S: Simd>(k: usize) -> usize {
-    k * tile_columns::<S>() + LINE
+    k * tile_columns::<S>() + PANEL_GAP
 }
 
 /// Elements from one packed tile of `k` terms to the next, likewise.
