@@ -20,6 +20,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 const PACKED: usize = 1 << 20;
 /// Multiply-adds below which a product stays on one thread: about 20 us of work.
 const PARALLEL_WORK: usize = 1 << 20;
+/// Values that one thread packs by itself: about 20 us of work.
+const PARALLEL_PACKING: usize = 1 << 16;
 /// Most columns of a result that is computed transposed.
 const THIN: usize = 64;
 /// The rows that are left, by threads and this, are a block's, if that is less than [`MC`].
@@ -202,7 +204,8 @@ fn shared(c: Output, a: Operand, b: Operand, [m, n, k]: [usize; 3], add: bool, t
                 (a.at(0, k0), b.at(k0, j0), Output { ptr: c.ptr.add(j0), stride: c.stride })
             };
             let groups = cols.div_ceil(PACK_COLUMNS);
-            each(groups * k.div_ceil(KC), threads, |i| {
+            let packers = if k * cols < PARALLEL_PACKING { 1 } else { threads };
+            each(groups * k.div_ceil(KC), packers, |i| {
                 let (k0, j) = (i / groups * KC, i % groups * PACK_COLUMNS);
                 Arch::new().dispatch(PackPanels { b, panels, k0, j });
             });
@@ -221,6 +224,9 @@ fn shared(c: Output, a: Operand, b: Operand, [m, n, k]: [usize; 3], add: bool, t
 
 /// Calls `work` with 0..count on all threads, each taking the next number when it has done one.
 fn each(count: usize, threads: usize, work: impl Fn(usize) + Sync) {
+    if threads == 1 {
+        return (0..count).for_each(work);
+    }
     let next = AtomicUsize::new(0);
     (0..threads.min(count)).into_par_iter().with_max_len(1).for_each(|_| {
         loop {
