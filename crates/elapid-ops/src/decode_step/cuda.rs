@@ -1,24 +1,25 @@
 //! The launches of a decode step: what `rows.cu`, `project.cu` and `scan.cu` are given.
 
-use elapid_tensor::bf16;
 use elapid_tensor::cuda::{
     DeviceBuffer, Gpu, Kernel, KernelArguments, Launch, Module, Result, Source,
 };
+use elapid_tensor::{DType, bf16};
 
+use super::cut::{Cut, SHARES};
 use super::{Encoding, LayerState, LayerWeights, NormWeights, OP, Packed, Sizes, Weights};
 use crate::gpu::wrong;
 
 const LAYOUT: (&str, &str) = ("decode_layout.cuh", include_str!("layout.cuh"));
-static PROJECT: Source =
-    Source { name: "decode_project", text: include_str!("project.cu"), headers: &[LAYOUT] };
+const PRODUCT: (&str, &str) = ("decode_product.cuh", include_str!("product.cuh"));
+static PROJECT: Source = Source {
+    name: "decode_project",
+    text: include_str!("project.cu"),
+    headers: &[LAYOUT, PRODUCT],
+};
 static SCAN: Source =
     Source { name: "decode_scan", text: include_str!("scan.cu"), headers: &[LAYOUT] };
 static ROWS: Source =
     Source { name: "decode_rows", text: include_str!("rows.cu"), headers: &[LAYOUT] };
-
-/// Warps that share the terms of a sum: SHARES and MANY_SHARES in project.cu.
-const SHARES: usize = 8;
-const MANY_SHARES: usize = 16;
 
 /// The kernels around the projections and those that pack weights.
 pub(super) fn rows_module(gpu: &Gpu, encoding: Encoding) -> Result<Module> {
@@ -31,9 +32,11 @@ struct Product {
     weights: u64,
     x: u64,
     row_tiles: i64,
+    first_tiles: i64,
     blocks: i64,
     columns: i64,
     squares: u64,
+    factors: u64,
     square_count: i64,
     width: f32,
     eps: f32,
@@ -84,12 +87,18 @@ unsafe impl KernelArguments for OutputArguments {}
 
 #[repr(C)]
 #[derive(Clone, Copy)]
+struct PartArguments {
+    product: Product,
+    parts: u64,
+}
+// SAFETY: the layout of `PartArguments` in project.cu.
+unsafe impl KernelArguments for PartArguments {}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
 struct ScanArguments {
     selection: u64,
-    selection_stride: i64,
     delta: u64,
-    delta_blocks: i64,
-    rank: i64,
     delta_bias: u64,
     a: u64,
     d: u64,
@@ -101,6 +110,7 @@ struct ScanArguments {
     channels: i64,
     channel_blocks: i64,
     columns: i64,
+    groups: i64,
     eps: f32,
 }
 // SAFETY: the layout of `ScanArguments` in scan.cu.
@@ -113,6 +123,7 @@ struct Normed {
     norm_bias: u64,
     x: u64,
     squares: u64,
+    factors: u64,
     width: i64,
     blocks: i64,
     eps: f32,
@@ -142,33 +153,19 @@ struct NormArguments {
 // SAFETY: the layout of `NormArguments` in rows.cu.
 unsafe impl KernelArguments for NormArguments {}
 
-/// How a product is cut: tiles of 16 rows and of 8 columns that a block owns.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Cut {
-    row_tiles: usize,
-    column_tiles: usize,
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct JoinArguments {
+    parts: u64,
+    shares: i64,
+    row_tiles: i64,
+    bias: u64,
+    residual: u64,
+    to: Normed,
+    columns: i64,
 }
-
-impl Cut {
-    /// Large blocks read activations seldom; small ones fill the card.
-    fn of(row_tiles: usize, columns: usize, most_columns: usize, multiprocessors: usize) -> Self {
-        let columns = columns.div_ceil(8);
-        let column_tiles = columns.next_power_of_two().min(most_columns);
-        let mut cut = Self { row_tiles: if column_tiles >= 4 { 2 } else { 1 }, column_tiles };
-        while cut.blocks(row_tiles, columns) < multiprocessors {
-            match cut {
-                Self { row_tiles: 2, .. } => cut.row_tiles = 1,
-                Self { column_tiles: 1, .. } => break,
-                _ => cut.column_tiles /= 2,
-            }
-        }
-        cut
-    }
-
-    fn blocks(self, row_tiles: usize, column_tiles: usize) -> usize {
-        row_tiles.div_ceil(self.row_tiles) * column_tiles.div_ceil(self.column_tiles)
-    }
-}
+// SAFETY: the layout of `JoinArguments` in rows.cu.
+unsafe impl KernelArguments for JoinArguments {}
 
 fn address<T: bytemuck::Pod>(buffer: &Option<DeviceBuffer<T>>) -> u64 {
     buffer.as_ref().map_or(0, DeviceBuffer::address)
@@ -183,6 +180,8 @@ pub struct Step {
     residual: DeviceBuffer<f32>,
     x: DeviceBuffer<bf16>,
     squares: DeviceBuffer<f32>,
+    factors: DeviceBuffer<f32>,
+    parts: DeviceBuffer<f32>,
     u: DeviceBuffer<bf16>,
     gate: DeviceBuffer<bf16>,
     selection: DeviceBuffer<f32>,
@@ -208,6 +207,11 @@ impl Step {
             residual: gpu.zeros(capacity * width)?,
             x: activations(width)?,
             squares: gpu.zeros(capacity * width.div_ceil(16))?,
+            factors: gpu.zeros(capacity)?,
+            parts: match Cut::has_many(capacity) {
+                true => gpu.zeros(SHARES * capacity * width.next_multiple_of(16))?,
+                false => gpu.zeros(1)?,
+            },
             u: activations(inner)?,
             gate: gpu.zeros(capacity * inner)?,
             selection: gpu.zeros(capacity * (rank + 2 * states))?,
@@ -269,8 +273,9 @@ impl Step {
             rows: head.rows() as i64,
             stride: head.rows() as i64,
         };
+        let cut = Cut::of(&self.gpu, head, columns);
         // SAFETY: the logits have room for the columns; the kernel waits for the one before.
-        unsafe { self.project("decode_rows", head, columns, SHARES, &arguments)? };
+        unsafe { self.project("decode_rows", head, columns, cut, &arguments)? };
         Ok(())
     }
 
@@ -308,10 +313,7 @@ impl Step {
         };
         let scan = ScanArguments {
             selection: self.selection.address(),
-            selection_stride: selection.stride,
             delta: layer.delta.address(),
-            delta_blocks: layer.delta.blocks() as i64,
-            rank: rank as i64,
             delta_bias: address(&layer.delta_bias),
             a: layer.a.address(),
             d: layer.d.address(),
@@ -323,42 +325,96 @@ impl Step {
             channels,
             channel_blocks,
             columns: columns as i64,
+            groups: self.scan_groups(columns) as i64,
             eps: self.sizes.selection_eps.unwrap_or_default(),
         };
-        let output = OutputArguments {
-            product: self.product(&layer.output, &self.y, columns, false),
-            bias: address(&layer.output_bias),
-            residual: self.residual.address(),
-            norm: next.weight.address(),
-            x: if self.sizes.centred { 0 } else { self.x.address() },
-            squares: self.squares.address(),
-            rows: self.sizes.width as i64,
-            row_blocks: self.sizes.width.div_ceil(32) as i64,
-        };
+        let input_cut = Cut::of(&self.gpu, &layer.input, columns);
+        let selection_cut = Cut::of_many_terms(&self.gpu, &layer.selection, columns);
         // SAFETY: `check` compared the weights with the sizes that the buffers were made for; slots are the caller's
-        // promise; all four kernels wait for the one before.
+        // promise; all kernels wait for the one before.
         unsafe {
-            self.project("decode_input", &layer.input, columns, SHARES, &input)?;
-            self.project("decode_selection", &layer.selection, columns, MANY_SHARES, &selection)?;
+            self.project("decode_input", &layer.input, columns, input_cut, &input)?;
+            self.project("decode_selection", &layer.selection, columns, selection_cut, &selection)?;
             self.gpu.launch_chained(&self.scan_kernel()?, self.scan_launch(columns), &scan)?;
-            self.project("decode_output", &layer.output, columns, SHARES, &output)?;
+            self.output(layer, next, columns)?;
         }
         Ok(())
     }
 
+    /// residual ← residual + W_out y, and what the next norm needs.
+    ///
+    /// # Safety
+    /// As [`Step::run`].
+    unsafe fn output(
+        &self,
+        layer: &LayerWeights,
+        next: &NormWeights,
+        columns: usize,
+    ) -> Result<()> {
+        let product = self.product(&layer.output, &self.y, columns, false);
+        let bias = address(&layer.output_bias);
+        let cut = Cut::of_parts(&self.gpu, &layer.output, columns);
+        if !cut.is_many() {
+            let output = OutputArguments {
+                product,
+                bias,
+                residual: self.residual.address(),
+                norm: next.weight.address(),
+                x: if self.sizes.centred { 0 } else { self.x.address() },
+                squares: self.squares.address(),
+                rows: self.sizes.width as i64,
+                row_blocks: self.sizes.width.div_ceil(32) as i64,
+            };
+            // SAFETY: the caller's promise.
+            return unsafe { self.project("decode_output", &layer.output, columns, cut, &output) };
+        }
+        let part = PartArguments { product, parts: self.parts.address() };
+        let blocks = layer.output.blocks();
+        let join = JoinArguments {
+            parts: self.parts.address(),
+            shares: blocks.div_ceil(blocks.div_ceil(SHARES)) as i64,
+            row_tiles: layer.output.tiles() as i64,
+            bias,
+            residual: self.residual.address(),
+            to: self.normed(next),
+            columns: columns as i64,
+        };
+        let kernel = rows_module(&self.gpu, Encoding::Bf16)?.kernel("decode_join")?;
+        // SAFETY: as above; a block a column.
+        unsafe {
+            self.project("decode_part", &layer.output, columns, cut, &part)?;
+            self.gpu.launch_chained(
+                &kernel,
+                Launch::linear(columns as u32, self.column_threads()),
+                &join,
+            )
+        }
+    }
+
     fn scan_kernel(&self) -> Result<Kernel> {
-        let states = self.sizes.states.to_string();
+        let (states, rank) = (self.sizes.states.to_string(), self.sizes.rank.to_string());
         let normed = if self.sizes.selection_eps.is_some() { "1" } else { "0" };
-        self.gpu.module(&SCAN, &[("STATES", &states), ("NORMED", normed)])?.kernel("decode_scan")
+        let narrow = if self.sizes.state == DType::BF16 { "1" } else { "0" };
+        let macros =
+            [("STATES", &*states), ("RANK", &*rank), ("NORMED", normed), ("NARROW_STATE", narrow)];
+        self.gpu.module(&SCAN, &macros)?.kernel("decode_scan")
+    }
+
+    /// Groups of 8 sequences that a block of the scan goes through: as many as leave blocks for the whole card.
+    fn scan_groups(&self, columns: usize) -> usize {
+        let blocks = self.sizes.inner.div_ceil(16) * columns.div_ceil(8);
+        blocks.div_ceil(4 * self.gpu.multiprocessors()).min(4)
     }
 
     fn scan_launch(&self, columns: usize) -> Launch {
-        let width = self.sizes.rank + 2 * self.sizes.states;
-        let stride = width + 4 - width % 4;
         Launch {
-            grid: [self.sizes.inner.div_ceil(16) as u32, columns.div_ceil(8) as u32, 1],
+            grid: [
+                self.sizes.inner.div_ceil(16) as u32,
+                columns.div_ceil(8 * self.scan_groups(columns)) as u32,
+                1,
+            ],
             block: [128, 1, 1],
-            shared: (4 * 8 * stride) as u32,
+            shared: 0,
         }
     }
 
@@ -375,9 +431,17 @@ impl Step {
             weights: weights.address(),
             x: x.address(),
             row_tiles: weights.tiles() as i64,
+            first_tiles: match weights.first_rows() == weights.rows() {
+                true => 0,
+                false => weights.first_rows().div_ceil(16) as i64,
+            },
             blocks: weights.blocks() as i64,
             columns: columns as i64,
             squares: if factors { self.squares.address() } else { 0 },
+            factors: match factors && Cut::has_many(columns) {
+                true => self.factors.address(),
+                false => 0,
+            },
             square_count: self.sizes.width.div_ceil(16) as i64,
             width: self.sizes.width as f32,
             eps: self.sizes.eps,
@@ -391,31 +455,24 @@ impl Step {
         name: &str,
         weights: &Packed,
         columns: usize,
-        shares: usize,
+        cut: Cut,
         arguments: &A,
     ) -> Result<()> {
-        let most = if shares == SHARES { 8 } else { 2 };
-        let cut = Cut::of(weights.tiles(), columns, most, self.gpu.multiprocessors());
-        let macros = [
-            ("QUANTISED", weights.encoding().quantised().to_owned()),
-            ("ROW_TILES", cut.row_tiles.to_string()),
-            ("COLUMN_TILES", cut.column_tiles.to_string()),
-            ("TAPS", self.sizes.taps.to_string()),
-        ];
-        let macros = macros.each_ref().map(|(name, value)| (*name, value.as_str()));
+        let taps = self.sizes.taps.to_string();
+        let mut macros =
+            vec![("QUANTISED", weights.encoding().quantised().to_owned()), ("TAPS", taps)];
+        macros.extend(cut.macros(weights));
+        let macros: Vec<(&str, &str)> =
+            macros.iter().map(|(name, value)| (*name, value.as_str())).collect();
         let kernel = self.gpu.module(&PROJECT, &macros)?.kernel(name)?;
-        let (rows, width) = (16 * cut.row_tiles, 8 * cut.column_tiles);
-        let launch = Launch {
-            grid: [
-                weights.tiles().div_ceil(cut.row_tiles) as u32,
-                columns.div_ceil(width) as u32,
-                1,
-            ],
-            block: [(32 * shares) as u32, 1, 1],
-            shared: (4 * (shares * width * (rows + 4) + width)) as u32,
-        };
+        let launch = cut.launch(weights, columns);
         // SAFETY: the caller's promise.
         unsafe { self.gpu.launch_chained(&kernel, launch, arguments) }
+    }
+
+    /// Threads of a kernel whose blocks own a column: one a term, where they can.
+    fn column_threads(&self) -> u32 {
+        self.sizes.width.next_multiple_of(32).min(1024) as u32
     }
 
     fn normed(&self, norm: &NormWeights) -> Normed {
@@ -424,6 +481,7 @@ impl Step {
             norm_bias: address(&norm.bias),
             x: self.x.address(),
             squares: if self.sizes.centred { 0 } else { self.squares.address() },
+            factors: self.factors.address(),
             width: self.sizes.width as i64,
             blocks: self.sizes.width.div_ceil(32) as i64,
             eps: self.sizes.eps,
@@ -449,8 +507,9 @@ impl Step {
             classes: table.rows() as i64,
         };
         let kernel = rows_module(&self.gpu, table.encoding())?.kernel("decode_embed")?;
+        let launch = Launch::linear(columns as u32, self.column_threads());
         // SAFETY: a block a column, each with an id; the buffers have room for the columns.
-        unsafe { self.gpu.launch(&kernel, Launch::linear(columns as u32, 256), &arguments) }
+        unsafe { self.gpu.launch(&kernel, launch, &arguments) }
     }
 
     /// A norm in a kernel of its own, where it is not folded into products: LayerNorm.
@@ -466,23 +525,5 @@ impl Step {
         let kernel = rows_module(&self.gpu, Encoding::Bf16)?.kernel("decode_norm")?;
         // SAFETY: a block a column; the buffers have room for the columns.
         unsafe { self.gpu.launch_chained(&kernel, Launch::linear(columns as u32, 256), &arguments) }
-    }
-}
-
-#[cfg(test)]
-mod cuts {
-    use super::Cut;
-
-    #[test]
-    fn small_blocks_where_the_card_is_not_filled() {
-        let cut = |row_tiles, columns| {
-            let Cut { row_tiles, column_tiles } = Cut::of(row_tiles, columns, 8, 132);
-            (row_tiles, column_tiles)
-        };
-        assert_eq!(cut(192, 1), (1, 1));
-        assert_eq!(cut(48, 1), (1, 1));
-        assert_eq!(cut(640, 32), (2, 4));
-        assert_eq!(cut(640, 256), (2, 8));
-        assert_eq!(cut(48, 128), (1, 4));
     }
 }

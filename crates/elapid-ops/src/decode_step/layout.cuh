@@ -43,6 +43,9 @@ DEVICE int64_t activation_place(int64_t column, int64_t term, int64_t blocks) {
     return (block * WARP + column % TILE_COLUMNS * 4 + k / 8) * 8 + k % 8;
 }
 
+// What is left of RMSNorm when its weight was multiplied in: from a sum of squares of `width` numbers.
+DEVICE float norm_factor(float squares, float width, float eps) { return 1.0f / sqrtf(squares / width + eps); }
+
 // A lane's part of a block of weights: fragments of both products.
 struct Narrow {
     Pack<uint32_t, 4> words[2];
@@ -51,6 +54,10 @@ struct Narrow {
     DEVICE void load(const uint8_t* block) {
         words[0] = load_constant(block + lane_id() * 16);
         words[1] = load_constant(block + 512 + lane_id() * 16);
+    }
+    DEVICE void load_shared(const uint8_t* block) {
+        words[0] = load_pack<uint32_t, 4>(reinterpret_cast<const uint32_t*>(block + lane_id() * 16));
+        words[1] = load_pack<uint32_t, 4>(reinterpret_cast<const uint32_t*>(block + 512 + lane_id() * 16));
     }
     // sums += this block times columns of activations.
     template <int COUNT> DEVICE void multiply(float (&sums)[COUNT][4], const Pack<uint32_t, 4> (&x)[COUNT]) const {
@@ -85,6 +92,10 @@ struct Quantised {
     DEVICE void load(const uint8_t* block) {
         words = load_constant(block + lane_id() * 16);
         scales = load_constant_word(block + 512 + lane_id() / 4 * 4);
+    }
+    DEVICE void load_shared(const uint8_t* block) {
+        words = load_pack<uint32_t, 4>(reinterpret_cast<const uint32_t*>(block + lane_id() * 16));
+        scales = *reinterpret_cast<const uint32_t*>(block + 512 + lane_id() / 4 * 4);
     }
     template <int COUNT> DEVICE void multiply(float (&sums)[COUNT][4], const Pack<uint32_t, 4> (&x)[COUNT]) const {
         uint32_t a[2][4];

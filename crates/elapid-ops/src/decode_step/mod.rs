@@ -18,6 +18,7 @@
 //! same bits alone and in any batch.
 
 mod cuda;
+mod cut;
 mod packed;
 #[cfg(test)]
 mod reference;
@@ -26,7 +27,7 @@ mod sample;
 mod tests;
 
 use elapid_tensor::cuda::{DeviceBuffer, Gpu, Result};
-use elapid_tensor::{DType, Device, Tensor};
+use elapid_tensor::{DType, Device, Tensor, bf16};
 
 pub use cuda::Step;
 pub use packed::{Encoding, Packed, Source};
@@ -57,6 +58,8 @@ pub struct Sizes {
     pub eps: f32,
     /// Where Δ's input, B and C are divided by their root mean square: what is added to the mean square.
     pub selection_eps: Option<f32>,
+    /// How h is kept from step to step: f32, or bf16, which rounds it once a step.
+    pub state: DType,
 }
 
 /// The scale of a norm and, of LayerNorm, its bias, [D] each.
@@ -151,6 +154,9 @@ impl Weights {
             array("a norm's weight", &norm.weight, d)?;
             optional("a norm's bias", &norm.bias, d)
         };
+        if !matches!(sizes.state, DType::F32 | DType::BF16) {
+            return Err(wrong(OP, format!("a state in {}, expected f32 or bf16", sizes.state)));
+        }
         if [d, e, n, r, w, v].contains(&0) {
             return Err(wrong(OP, format!("a size is 0: {sizes:?}")));
         }
@@ -181,12 +187,12 @@ impl Weights {
     }
 }
 
-/// The state of a layer for some slots, in f32 on the GPU and without gaps.
+/// The state of a layer for some slots, on the GPU and without gaps.
 #[derive(Debug)]
 pub struct LayerState {
-    /// The last W - 1 inputs of the convolution [slots, E, W - 1], oldest first.
+    /// The last W - 1 inputs of the convolution [slots, E, W - 1], oldest first, in f32.
     pub tail: Tensor,
-    /// h [slots, E, N].
+    /// h [slots, E, N], in the type of [`Sizes::state`].
     pub state: Tensor,
 }
 
@@ -197,8 +203,9 @@ impl LayerState {
     /// If there is no memory for it.
     pub fn fresh(gpu: &Gpu, sizes: &Sizes, slots: usize) -> elapid_tensor::Result<Self> {
         let device = Device::Cuda(gpu.id());
-        let zeros = |last| Tensor::zeros_on(device, DType::F32, [slots, sizes.inner, last]);
-        Ok(Self { tail: zeros(sizes.taps - 1)?, state: zeros(sizes.states)? })
+        let zeros = |dtype, last| Tensor::zeros_on(device, dtype, [slots, sizes.inner, last]);
+        let tail = zeros(DType::F32, sizes.taps - 1)?;
+        Ok(Self { tail, state: zeros(sizes.state, sizes.states)? })
     }
 
     /// Addresses of both, and the number of slots.
@@ -206,9 +213,10 @@ impl LayerState {
         let slots = self.state.shape().first().copied().unwrap_or(0);
         self.tail.expect_shape(OP, "tail", &[slots, sizes.inner, sizes.taps - 1])?;
         self.state.expect_shape(OP, "state", &[slots, sizes.inner, sizes.states])?;
-        Ok((
-            self.tail.device_slice::<f32>()?.address(),
-            self.state.device_slice::<f32>()?.address(),
-        ))
+        let state = match sizes.state {
+            DType::BF16 => self.state.device_slice::<bf16>()?.address(),
+            _ => self.state.device_slice::<f32>()?.address(),
+        };
+        Ok((self.tail.device_slice::<f32>()?.address(), state))
     }
 }

@@ -17,7 +17,7 @@ pub enum Encoding {
 
 impl Encoding {
     /// Bytes of 16 rows by 32 terms.
-    fn block_bytes(self) -> usize {
+    pub(super) fn block_bytes(self) -> usize {
         match self {
             Self::Bf16 => 1024,
             Self::Q8 => 544,

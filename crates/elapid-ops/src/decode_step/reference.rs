@@ -1,6 +1,8 @@
 //! One step of a Mamba language model in plain f64 loops (arXiv 2312.00752, section 3.4 and algorithm 2, with L = 1).
 //! What the kernels hand to one another in bf16 is rounded to it here too.
 
+use elapid_tensor::DType;
+
 use super::Sizes;
 
 /// The parameters of a layer, row by row.
@@ -122,8 +124,9 @@ impl Layer {
                 let mut y = self.d[e] * u[e];
                 for n in 0..states {
                     let h = &mut h[e * states + n];
-                    *h = (delta * self.a[e * states + n]).exp() * *h + delta * b[n] * u[e];
-                    y += c[n] * *h;
+                    let next = (delta * self.a[e * states + n]).exp() * *h + delta * b[n] * u[e];
+                    y += c[n] * next;
+                    *h = if sizes.state == DType::BF16 { kept(next) } else { next };
                 }
                 kept(y * kept(silu(z[e])))
             })

@@ -1,9 +1,12 @@
-// What stands before a step's projections: token ids to rows of the residual stream, the norm where a kernel of its own
-// takes it, and weights put into the order of layout.cuh.
+// What stands between a step's projections: token ids to rows of the residual stream, the parts of W_out y back to it, the
+// norm where a kernel of its own takes it, and weights put into the order of layout.cuh.
 //
 // Macros: QUANTISED (0: bf16, 1: int8 with scales): the weights that are read or made.
 #include "prelude.cuh"
 #include "decode_layout.cuh"
+
+// SHARES in product.cuh.
+constexpr int MOST_SHARES = 8;
 
 // The weight of the norm and what comes of it: as in project.cu.
 struct Normed {
@@ -11,6 +14,7 @@ struct Normed {
     const float* norm_bias;  // [D], or none
     bf16* x;                 // activations [columns, D]
     float* squares;          // [columns, ceil(D / 16)]; none where x is normed as a whole
+    float* factors;          // [columns], what is made of the squares where a block has a whole column
     int64_t width;           // D
     int64_t blocks;          // blocks of 32 of D
     float eps;
@@ -41,26 +45,101 @@ DEVICE float weight_at(const uint8_t* table, int64_t row, int64_t term, int64_t 
 #endif
 }
 
+// The sums of squares of 16 numbers of a block's column, and of them all in the order of product.cuh.
+constexpr int SQUARES_AT_ONCE = 512;
+struct ColumnSquares {
+    const Normed& to;
+    int64_t column, tiles;
+    float* room;              // SQUARES_AT_ONCE numbers: of the tiles, in turns
+    float sum = 0.0f;
+
+    // Every thread of the block calls it, with the number of a term that follows those of the threads before it.
+    DEVICE void add(int64_t term, float value) {
+        float squares = warp_sum<TILE_ROWS>(value * value);
+        if (threadIdx.x % TILE_ROWS == 0 && term < tiles * TILE_ROWS) {
+            to.squares[column * tiles + term / TILE_ROWS] = squares;
+            room[term / TILE_ROWS % SQUARES_AT_ONCE] = squares;
+        }
+    }
+    // The first warp gathers what came since the last call.
+    DEVICE void gather(int64_t first_tile, int64_t end_tile) {
+        __syncthreads();
+        if (warp_id() == 0)
+            for (int64_t tile = first_tile + lane_id(); tile < end_tile && tile < tiles; tile += WARP) sum += room[tile % SQUARES_AT_ONCE];
+        __syncthreads();
+    }
+    DEVICE void finish() {
+        if (warp_id() != 0) return;
+        float all = warp_sum(sum);
+        if (lane_id() == 0) to.factors[column] = norm_factor(all, float(to.width), to.eps);
+    }
+};
+
+// A thread's terms of a column, in the order of the threads, and their squares.
+template <class F> DEVICE void each_term(const Normed& to, int64_t column, float* room, F value_of) {
+    int64_t tiles = ceil_div(to.width, TILE_ROWS);
+    ColumnSquares squares = {to, column, tiles, room};
+    int64_t gathered = 0;
+    for (int64_t base = 0; base < tiles * TILE_ROWS; base += blockDim.x) {
+        int64_t term = base + threadIdx.x;
+        float value = term < to.width ? value_of(term) : 0.0f;
+        if (!to.squares) continue;
+        if (term < to.width) to.x[activation_place(column, term, to.blocks)] = from_float<bf16>(value * to.norm[term]);
+        squares.add(term, value);
+        int64_t done = (base + blockDim.x) / TILE_ROWS;
+        if (done - gathered == SQUARES_AT_ONCE || done >= tiles) {
+            squares.gather(gathered, done);
+            gathered = done;
+        }
+    }
+    if (to.squares) squares.finish();
+}
+
 // A block a column.
-KERNEL(decode_embed, EmbedArguments, 256, 1) {
+KERNEL(decode_embed, EmbedArguments, 1024, 1) {
+    __shared__ float room[SQUARES_AT_ONCE];
     int64_t column = blockIdx.x, width = args.to.width;
     let_next_start();
     wait_for_previous();
     int64_t id = load_fresh(args.ids + column);
-    int64_t tiles = ceil_div(width, TILE_ROWS);
-    for (int64_t base = 0; base < tiles * TILE_ROWS; base += blockDim.x) {
-        int64_t term = base + threadIdx.x;
-        float value = 0.0f;
-        if (term < width) {
-            value = id < args.classes ? weight_at(args.table, id, term, args.to.blocks) : float_of(0x7fc00000u);
-            args.residual[column * width + term] = value;
-            if (args.to.squares)
-                args.to.x[activation_place(column, term, args.to.blocks)] = from_float<bf16>(value * args.to.norm[term]);
-        }
-        float squares = warp_sum<TILE_ROWS>(value * value);
-        if (args.to.squares && threadIdx.x % TILE_ROWS == 0 && term < tiles * TILE_ROWS)
-            args.to.squares[column * tiles + term / TILE_ROWS] = squares;
-    }
+    each_term(args.to, column, room, [&](int64_t term) {
+        float value = id < args.classes ? weight_at(args.table, id, term, args.to.blocks) : float_of(0x7fc00000u);
+        args.residual[column * width + term] = value;
+        return value;
+    });
+}
+
+struct JoinArguments {
+    const float* parts;      // [shares, columns, row tiles, 16], of W_out y
+    int64_t shares;
+    int64_t row_tiles;
+    const float* bias;       // [D], or none
+    float* residual;         // [columns, D]
+    Normed to;
+    int64_t columns;
+};
+
+// A block a column: adds the runs of W_out y, in order, and goes back to the residual stream.
+KERNEL(decode_join, JoinArguments, 1024, 1) {
+    __shared__ float room[SQUARES_AT_ONCE];
+    int64_t column = blockIdx.x, width = args.to.width;
+    let_next_start();
+    wait_for_previous();
+    each_term(args.to, column, room, [&](int64_t term) {
+        float parts[MOST_SHARES];
+#pragma unroll
+        for (int share = 0; share < MOST_SHARES; ++share)
+            if (share < args.shares)
+                parts[share] = load_fresh(args.parts + ((share * args.columns + column) * args.row_tiles) * TILE_ROWS + term);
+        float* residual = args.residual + column * width + term;
+        float past = load_fresh(residual), sum = parts[0];
+#pragma unroll
+        for (int share = 1; share < MOST_SHARES; ++share)
+            if (share < args.shares) sum += parts[share];
+        float value = sum + (args.bias ? args.bias[term] : 0.0f) + past;
+        *residual = value;
+        return value;
+    });
 }
 
 // A block a column: LayerNorm or RMSNorm of its row.

@@ -183,10 +183,20 @@ KERNEL(decode_sample, SampleArguments, 1024, 1) {
     }
 
     uint64_t best = 0, broken = ~uint64_t(0);
-    for (int64_t i = thread; i < args.classes; i += threads) {
-        float logit = row.logits[i];
-        if (logit != logit || logit == float_of(0x7f800000u)) broken = least<uint64_t>(broken, i);
-        best = most<uint64_t>(best, uint64_t(key_of(logit)) << 32 | (0xffffffffu - uint32_t(i)));
+    // Some at a time, so that many are under way.
+    constexpr int AT_ONCE = 16;
+    for (int64_t first = thread; first < args.classes; first += AT_ONCE * threads) {
+        float some[AT_ONCE];
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j)
+            some[j] = first + j * threads < args.classes ? row.logits[first + j * threads] : float_of(0xff800000u);
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j) {
+            int64_t i = first + j * threads;
+            float logit = some[j];
+            if (logit != logit || logit == float_of(0x7f800000u)) broken = least<uint64_t>(broken, i);
+            if (i < args.classes) best = most<uint64_t>(best, uint64_t(key_of(logit)) << 32 | (0xffffffffu - uint32_t(i)));
+        }
     }
     auto larger = [](uint64_t a, uint64_t b) { return a > b ? a : b; };
     auto smaller = [](uint64_t a, uint64_t b) { return a < b ? a : b; };

@@ -46,6 +46,13 @@ constexpr size_t STACK = 64 << 10;
 
 enum class State { Ready, Barrier, Warp, Done };
 
+// A copy of 16 bytes under way.
+struct Copy {
+    void* to;
+    const void* from;
+    unsigned group;
+};
+
 // One thread of a block.
 struct Fiber {
     ucontext_t context;
@@ -56,6 +63,8 @@ struct Fiber {
     State state = State::Done;
     unsigned mask = 0;      // lanes of the exchange that this one waits for
     uint64_t seen[LANES];   // what the lanes of its last exchange put down
+    std::vector<Copy> copies;
+    unsigned group = 0;     // of copies that start now
 };
 
 // What the lanes of a warp have put down for the exchange under way.
@@ -217,6 +226,21 @@ inline void multiply_tile(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, ui
     exchange(0xffffffffu, 0);
 }
 
+// Copies are carried out as late as they may be, so that a missing wait shows.
+inline void copy_async(void* to, const void* from) {
+    if (uint64_t(to) % 16 || uint64_t(from) % 16) fail("a copy of 16 bytes between places that are no multiple of 16");
+    Fiber& self = *block().current;
+    self.copies.push_back({to, from, self.group});
+}
+inline void commit_copies() { ++block().current->group; }
+inline void wait_copies(unsigned left) {
+    Fiber& self = *block().current;
+    size_t done = 0;
+    for (; done < self.copies.size() && self.copies[done].group + left < self.group; ++done)
+        memcpy(self.copies[done].to, self.copies[done].from, 16);
+    self.copies.erase(self.copies.begin(), self.copies.begin() + done);
+}
+
 inline float half_to_float(uint16_t bits) {
     uint32_t sign = uint32_t(bits & 0x8000u) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;
     if (exponent == 31) return copy_bits<float>(sign | 0x7f800000u | fraction << 13);
@@ -252,6 +276,8 @@ inline void run_block() {
         fiber.number = i;
         fiber.index = {i % b.block.x, i / b.block.x % b.block.y, i / (b.block.x * b.block.y)};
         fiber.state = State::Ready;
+        fiber.copies.clear();
+        fiber.group = 0;
         if (!fiber.stack) fiber.stack = (char*)malloc(STACK);  // kept for the thread's life
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack;

@@ -241,6 +241,33 @@ DEVICE bf16 load_fresh(const bf16* from) {
 #endif
 }
 
+// Copies of 16 bytes into shared memory that go on while the thread does. Those since the last commit_copies are a group;
+// wait_copies<N> waits for all groups of this thread but the N last. Other threads see them after a barrier.
+DEVICE void copy_async(void* shared, const void* from) {
+#ifdef ON_CARD
+    asm volatile(
+        "{\n.reg .u64 wide;\n.reg .u32 place;\ncvta.to.shared.u64 wide, %0;\ncvt.u32.u64 place, wide;\n"
+        "cp.async.cg.shared.global.L2::128B [place], [%1], 16;\n}" ::"l"(shared), "l"(from)
+        : "memory");
+#else
+    emulation::copy_async(shared, from);
+#endif
+}
+DEVICE void commit_copies() {
+#ifdef ON_CARD
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+    emulation::commit_copies();
+#endif
+}
+template <int LEFT> DEVICE void wait_copies() {
+#ifdef ON_CARD
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+#else
+    emulation::wait_copies(LEFT);
+#endif
+}
+
 // ---- One kernel after another -------------------------------------------------------------------------------
 
 // Lets the next kernel of a chain start. It may read what nobody writes, and must call wait_for_previous before all else.
