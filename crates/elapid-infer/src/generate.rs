@@ -93,7 +93,7 @@ pub struct Generated {
     pub state: State,
     /// [V]: what the last token that the state has read predicts. Given back with the state and an empty prompt, the
     /// last token is sampled anew; after a request of 0 tokens, this forks a prompt that was read once. None if the
-    /// sequence was interrupted.
+    /// sequence was interrupted, or its tokens were chosen on a GPU.
     pub logits: Option<Arc<[f32]>>,
 }
 
@@ -146,6 +146,11 @@ pub fn generate(
     options: &Options,
     on_event: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
 ) -> Result<Generation> {
+    if let [request] = requests
+        && let Some(outcome) = runner.continue_alone(request, options, on_event)
+    {
+        return outcome;
+    }
     let limits = Limits {
         slots: requests.len().max(1),
         prefill_tokens: options.chunk.max(1),

@@ -7,6 +7,7 @@ use elapid_models::{Context, LanguageModel, MambaConfig, State};
 use elapid_tensor::autograd::no_grad;
 use elapid_tensor::{Device, Sequences, Tensor};
 
+use crate::generate::{Event, Generation, Options, Request};
 use crate::gpu_steps::GpuSteps;
 use crate::{Error, Result};
 
@@ -61,6 +62,17 @@ pub trait Runner {
         wanted: &[usize],
         receive: &mut Receiver<'_>,
     ) -> Result<State>;
+
+    /// Continues one request, as [`generate`](crate::generate) does, by a way of the runner's own that gives the same
+    /// tokens; none if it has no such way for this request.
+    fn continue_alone(
+        &mut self,
+        _request: &Request,
+        _options: &Options,
+        _on_event: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
+    ) -> Option<Result<Generation>> {
+        None
+    }
 }
 
 impl<R: Runner + ?Sized> Runner for &mut R {
@@ -74,6 +86,15 @@ impl<R: Runner + ?Sized> Runner for &mut R {
 
     fn check_state(&self, state: &State) -> Result<()> {
         (**self).check_state(state)
+    }
+
+    fn continue_alone(
+        &mut self,
+        request: &Request,
+        options: &Options,
+        on_event: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
+    ) -> Option<Result<Generation>> {
+        (**self).continue_alone(request, options, on_event)
     }
 
     fn run(

@@ -232,3 +232,53 @@ fn tokens_chosen_on_the_card_are_those_of_the_sampler() {
         }
     }
 }
+
+#[test]
+fn one_sequence_gets_the_same_tokens_chosen_on_the_card() {
+    for gpu in gpus() {
+        let config = MambaConfig::bytes(32, 2);
+        let mut on_gpu = placed(&gpu, &config);
+        let mut engine = GpuEngine::new(&mut on_gpu, Encoding::Bf16).unwrap();
+        let request = Request { prompt: vec![3, 1, 4], id: 5, ..Request::default() };
+        let run = |engine: &mut GpuEngine<'_>, options: &Options, on_card: bool, most: usize| {
+            let mut events = Vec::new();
+            let mut on_event = |event: Event<'_>| {
+                if event.sequence == 0 {
+                    events.push((event.token, event.text.to_owned()));
+                }
+                if events.len() < most { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+            };
+            // Two requests are chosen for on the host.
+            let requests = [request.clone(), request.clone()];
+            let requests = if on_card { &requests[..1] } else { &requests[..] };
+            let made = generate(engine, requests, options, &mut on_event).unwrap();
+            (made.sequences.into_iter().next().unwrap(), events)
+        };
+        let sampling = Sampling { seed: 4, ..Sampling::default() };
+        let all = Options { sampling, max_tokens: 12, ..Options::default() };
+        let (made, events) = run(&mut engine, &all, false, usize::MAX);
+        // To its length, to a token that ends it, to a stop string.
+        let ended = Options { end_of_sequence: vec![made.tokens[6]], ..all.clone() };
+        let stop = events.iter().map(|(_, text)| text.as_str()).find(|text| !text.is_empty());
+        let stopped =
+            Options { stop: stop.map(str::to_owned).into_iter().collect(), ..all.clone() };
+        for options in [&all, &ended, &stopped] {
+            let (host, host_events) = run(&mut engine, options, false, usize::MAX);
+            let (card, card_events) = run(&mut engine, options, true, usize::MAX);
+            assert_eq!((card.tokens, card.finish), (host.tokens, host.finish));
+            assert_eq!((card.text, card_events), (host.text, host_events));
+            assert_eq!(card.state.positions, host.state.positions);
+            for (a, b) in card.state.layers.iter().zip(&host.state.layers) {
+                for ((_, a), (_, b)) in a.iter().zip(b.iter()) {
+                    assert_eq!(a.to_f64_vec().unwrap(), b.to_f64_vec().unwrap());
+                }
+            }
+        }
+        // Interrupted: the state has read every token but the last.
+        let (card, events) = run(&mut engine, &all, true, 3);
+        assert_eq!(card.tokens, made.tokens[..card.tokens.len()]);
+        assert!((3..12).contains(&card.tokens.len()), "{}", card.tokens.len());
+        assert_eq!(events.len(), card.tokens.len());
+        assert_eq!(card.state.positions[0] as usize, request.prompt.len() + events.len() - 1);
+    }
+}

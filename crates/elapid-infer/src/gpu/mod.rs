@@ -8,6 +8,7 @@
 //! The engine keeps the state of its last step where it is and changes it there. A caller who goes on from that state
 //! pays nothing for it; one who kept a copy, or comes with another state, pays one copy.
 
+mod generate;
 mod load;
 mod sampled;
 mod steps;
@@ -20,7 +21,9 @@ use elapid_tensor::cuda::Gpu;
 use elapid_tensor::{DType, Sequence, Sequences};
 
 use crate::runner::check_call;
-use crate::{Error, Logits, ModelRunner, Receiver, Result, Runner};
+use crate::{
+    Error, Event, Generation, Logits, ModelRunner, Options, Receiver, Request, Result, Runner,
+};
 
 pub use sampled::{SampledSteps, Start};
 use steps::Steps;
@@ -57,6 +60,24 @@ impl<'m> GpuEngine<'m> {
         Ok(Self { model, gpu, sizes, weights, steps: None })
     }
 
+    /// The engine with the recurrent state of decode steps kept in a type, f32 (as it is made) or bf16: half the bytes, and
+    /// rounded once a step. What is given out and taken back is f32 all the same, so that only steps that choose their
+    /// tokens ([`GpuEngine::sample`]) gain; the convolution's part stays f32.
+    ///
+    /// # Errors
+    /// If the type is another.
+    pub fn with_state(mut self, dtype: DType) -> Result<Self> {
+        self.sizes.state = dtype;
+        self.weights.check(&self.sizes)?;
+        self.steps = None;
+        Ok(self)
+    }
+
+    /// How decode steps keep the recurrent state.
+    pub fn state_dtype(&self) -> DType {
+        self.sizes.state
+    }
+
     /// Bytes that a decode step reads of the weights.
     pub fn weight_bytes(&self) -> usize {
         self.weights.bytes_read()
@@ -85,7 +106,7 @@ impl<'m> GpuEngine<'m> {
         let Some(steps) = &mut self.steps else { return Ok((Vec::new(), State::default())) };
         steps.step(&self.weights, &ids, &slots)?;
         let logits = steps.logits(ids.len())?;
-        Ok((logits, steps.state()))
+        Ok((logits, steps.state()?))
     }
 
     /// Steps that go on from a state.
@@ -128,6 +149,7 @@ fn sizes(config: &MambaConfig) -> Sizes {
         centred: config.norm == NormKind::Layer,
         eps: config.norm_eps as f32,
         selection_eps: config.mixer_rms_eps.map(|eps| eps as f32),
+        state: DType::F32,
     }
 }
 
@@ -142,6 +164,19 @@ impl Runner for GpuEngine<'_> {
 
     fn check_state(&self, state: &State) -> Result<()> {
         Ok(self.model.check_state(state)?)
+    }
+
+    fn continue_alone(
+        &mut self,
+        request: &Request,
+        options: &Options,
+        on_event: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
+    ) -> Option<Result<Generation>> {
+        // The first token comes out of the prompt.
+        let able = options.max_tokens > 1
+            && options.sampling.validate().is_ok()
+            && self.can_sample(&options.sampling);
+        able.then(|| self.choose_on_card(request, options, on_event))
     }
 
     fn run(

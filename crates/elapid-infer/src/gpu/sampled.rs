@@ -237,6 +237,9 @@ impl SampledSteps<'_, '_> {
         let columns = self.choosing.read()?;
         let positions = columns[..self.sequences.len()].iter().map(|column| column.position);
         let positions: Vec<u64> = positions.collect();
-        Ok(self.engine.steps.as_mut().map(|steps| steps.finish(positions)).unwrap_or_default())
+        match self.engine.steps.as_mut() {
+            Some(steps) => steps.finish(positions),
+            None => Ok(State::default()),
+        }
     }
 }

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use elapid_models::{LayerState as NamedState, State};
 use elapid_ops::decode_step::{LayerState, Sampling, Sizes, Step, Weights};
-use elapid_tensor::Tensor;
 use elapid_tensor::cuda::{DeviceBuffer, Gpu, Graph};
+use elapid_tensor::{DType, Tensor};
 
 use crate::Result;
 
@@ -82,7 +82,7 @@ impl Steps {
             let tensors = [(&mut own.tail, CONV_STATE), (&mut own.state, SSM_STATE)];
             for (own, name) in tensors {
                 if let Some(given) = given.get(name) {
-                    own.overwrite(given)?;
+                    own.overwrite(&given.cast(own.dtype())?)?;
                 }
             }
         }
@@ -118,7 +118,7 @@ impl Steps {
     }
 
     /// The state after steps that the card counted.
-    pub(super) fn finish(&mut self, positions: Vec<u64>) -> State {
+    pub(super) fn finish(&mut self, positions: Vec<u64>) -> Result<State> {
         self.positions = positions;
         self.state()
     }
@@ -155,12 +155,13 @@ impl Steps {
         Ok(values)
     }
 
-    /// The state after the last step.
-    pub(super) fn state(&self) -> State {
+    /// The state after the last step, in f32.
+    pub(super) fn state(&self) -> Result<State> {
         let layers = self.layers.iter().map(|own| {
-            let tensors = [(CONV_STATE, &own.tail), (SSM_STATE, &own.state)];
-            NamedState::new(tensors.map(|(name, tensor)| (name.into(), tensor.clone())))
+            let tensors =
+                [(CONV_STATE, own.tail.clone()), (SSM_STATE, own.state.cast(DType::F32)?)];
+            Ok(NamedState::new(tensors.map(|(name, tensor)| (name.into(), tensor))))
         });
-        State { layers: layers.collect(), positions: self.positions.clone() }
+        Ok(State { layers: layers.collect::<Result<_>>()?, positions: self.positions.clone() })
     }
 }
