@@ -216,7 +216,7 @@ fn choice(text: &str) -> Result<Choice, String> {
     text.parse::<Device>().map(Choice::Device).map_err(|error| error.to_string())
 }
 
-fn dtype(text: &str) -> Result<DType, String> {
+pub(crate) fn dtype(text: &str) -> Result<DType, String> {
     match text.parse::<DType>().map_err(|error| error.to_string())? {
         dtype @ (DType::F32 | DType::BF16) => Ok(dtype),
         other => Err(format!(

@@ -62,6 +62,9 @@ pub struct Arguments {
     /// Tokens of a prompt that `prefill` reads on the CPU [default: 512]
     #[arg(long, value_name = "N", value_delimiter = ',', value_parser = batch)]
     prompt_tokens: Vec<usize>,
+    /// Recurrent state of decode steps on a GPU: f32, bf16 [default: f32]
+    #[arg(long, value_name = "TYPE", value_parser = crate::cli::dtype)]
+    state_dtype: Option<DType>,
     #[command(flatten)]
     json: JsonArgument,
 }
@@ -107,6 +110,9 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
 }
 
 fn on_cpu(arguments: &Arguments, global: &Global) -> Result<()> {
+    if arguments.state_dtype.is_some() {
+        return Err(Usage::new("--state-dtype is for a GPU: add --device cuda").into());
+    }
     if let Some(dtype) = global.dtype.filter(|&dtype| dtype != DType::F32) {
         let message = format!(
             "--dtype {dtype}: the CPU computes in f32 (weights of decode and prefill: --weights; a GPU: --device cuda)"
@@ -155,6 +161,7 @@ fn on_gpu(arguments: &Arguments, global: &Global, gpu: &Gpu) -> Result<()> {
             models: &arguments.model_shape,
             batches: &arguments.batch,
             weights: &weights,
+            state: arguments.state_dtype.unwrap_or(DType::F32),
         };
         let report = gpu::run(gpu, &settings)?;
         let text = report.to_text();

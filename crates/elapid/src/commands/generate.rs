@@ -16,7 +16,8 @@ use elapid_infer::{
     Event, Finish, Generated, Options, Request, Runner, Sampling, Timing, forward, generate,
 };
 use elapid_models::State;
-use elapid_tensor::{Device, Tensor};
+use elapid_ops::blocks::Encoding;
+use elapid_tensor::{DType, Device, Tensor};
 use serde::Serialize;
 
 use crate::cli::{Global, JsonArgument, ModelArgument, WeightsArgument};
@@ -172,7 +173,9 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     elapid_infer::StopStrings::new(&options.stop).map_err(as_option)?;
 
     let placement = global.placement()?;
-    let weights = arguments.weights.weights;
+    // A GPU that computes in bf16 decodes on its engine.
+    let on_gpu = placement.device != Device::Cpu && placement.dtype == DType::BF16;
+    let weights = arguments.weights.weights.or(on_gpu.then_some(Encoding::BF16));
     let (path, tokenizer) = (&arguments.model.model, arguments.tokenizer.as_deref());
     let (mut ready, text) = ReadyModel::open_with_text(path, &placement, weights, tokenizer)?;
     let place = Place { device: placement.device.to_string(), dtype: ready.dtype() };

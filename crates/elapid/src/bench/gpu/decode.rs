@@ -22,6 +22,7 @@ pub fn run(
     models: &[ModelShape],
     batches: &[usize],
     encodings: &[Encoding],
+    state: DType,
 ) -> Result<()> {
     let usual: ModelShape =
         if bench.quick { "tiny" } else { "130m" }.parse().map_err(anyhow::Error::msg)?;
@@ -38,7 +39,7 @@ pub fn run(
         let (name, config) = shape.model();
         let mut model = values::model(config, bench.device(), DType::BF16)?;
         for &encoding in encodings {
-            let mut engine = GpuEngine::new(&mut model, encoding)?;
+            let mut engine = GpuEngine::new(&mut model, encoding)?.with_state(state)?;
             for &batch in batches {
                 measure(bench, &mut engine, name, config, batch)?;
             }
@@ -78,12 +79,16 @@ fn measure(
         samples.push(bench.gpu.event()?.since(&begin)? / 1e3 / count as f64);
     }
     steps.finish()?;
-    let recurrent = config.n_layer * config.d_inner() * (config.d_state + config.d_conv - 1);
-    let bytes = weights + 2 * size_of::<f32>() * recurrent * batch;
+    let kept =
+        config.d_state * engine.state_dtype().size() + (config.d_conv - 1) * DType::F32.size();
+    let bytes = weights + 2 * config.n_layer * config.d_inner() * kept * batch;
     let flops = 2.0 * (config.parameter_count() * batch) as f64;
     let task = Task {
         name: "decode step",
-        shape: format!("{name}, batch {batch}, {}", engine.encoding()),
+        shape: match engine.state_dtype() {
+            DType::F32 => format!("{name}, batch {batch}, {}", engine.encoding()),
+            narrow => format!("{name}, batch {batch}, {}, state {narrow}", engine.encoding()),
+        },
         tokens: Some(batch),
         work: Work { bytes: bytes as f64, ..Work::flops(Limits::of_products(DType::BF16), flops) },
         counted: "every weight is read once a step (the embedding as the head), states of all sequences once and \

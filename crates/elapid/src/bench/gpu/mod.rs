@@ -10,6 +10,7 @@ mod inference;
 mod kernels;
 mod limits;
 mod parts;
+mod prefill;
 mod sampling;
 mod scaling;
 mod table;
@@ -102,12 +103,14 @@ pub struct Settings<'a> {
     pub repeats: usize,
     /// Type of the products in models.
     pub dtype: DType,
-    /// Models to train, with their batches, or to decode with; the usual ones if empty.
+    /// Models to train, with their batches, or to decode or read prompts with; the usual ones if empty.
     pub models: &'a [ModelShape],
-    /// Sequences of a decode step; the usual numbers if empty.
+    /// Sequences of a decode step or that read prompts; the usual numbers if empty.
     pub batches: &'a [usize],
     /// How decode steps keep weights; in every way if empty.
     pub weights: &'a [Encoding],
+    /// How decode steps keep the recurrent state.
+    pub state: DType,
 }
 
 /// Measurement under way.
@@ -149,7 +152,7 @@ impl Bench {
 /// # Errors
 /// Those of the operations measured. A model that does not fit is no error.
 pub fn run(gpu: &Gpu, settings: &Settings<'_>) -> Result<Report> {
-    let Settings { subjects, quick, repeats, dtype, models, batches, weights } = *settings;
+    let Settings { subjects, quick, repeats, dtype, models, batches, weights, state } = *settings;
     let device = DeviceReport::of(gpu);
     eprintln!("limits of {}", device.name);
     let limits = Limits::measure(gpu, repeats, quick)?;
@@ -171,11 +174,16 @@ pub fn run(gpu: &Gpu, settings: &Settings<'_>) -> Result<Report> {
         eprintln!("training in {dtype}");
         training = training::run(&bench, models)?;
     }
-    let (mut decode, prefill) = (wanted(Subject::Decode), wanted(Subject::Prefill));
+    let (mut decode, mut prefill) = (wanted(Subject::Decode), wanted(Subject::Prefill));
     if decode && dtype == DType::BF16 {
         eprintln!("decode steps");
-        decode::run(&mut bench, models, batches, weights)?;
+        decode::run(&mut bench, models, batches, weights, state)?;
         decode = false;
+    }
+    if prefill && dtype == DType::BF16 {
+        eprintln!("reading prompts");
+        prefill::run(&mut bench, models, batches)?;
+        prefill = false;
     }
     let inference = if decode || prefill {
         eprintln!("inference in {dtype}");
