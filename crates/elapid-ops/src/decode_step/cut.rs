@@ -11,7 +11,7 @@ const MANY_SHARES: usize = 16;
 /// Most sequences of which each warp multiplies from registers.
 const FEW: usize = 32;
 /// Warps that share the columns of a block of many.
-const COLUMN_WARPS: usize = 4;
+const COLUMN_WARPS: usize = 2;
 /// STAGE_BLOCKS and RING_BYTES of product.cuh.
 const STAGE_BLOCKS: usize = 2;
 const RING_BYTES: usize = 112 << 10;
