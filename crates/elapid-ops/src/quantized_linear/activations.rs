@@ -236,6 +236,7 @@ impl Activations<'_> {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Row {
     /// [columns]
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     pub bytes: *const i8,
     /// [columns], the same numbers.
     pub words: *const i16,
