@@ -97,6 +97,35 @@ pub(super) struct Tile {
     pub add: bool,
 }
 
+/// Adds one term to all sums. They go in and out as values and the function is always inlined: a reference to them that
+/// is not (a closure's, say) makes the compiler store each sum after every term.
+///
+/// # Safety
+/// `rows` must hold element `at`, `b` V vectors.
+#[inline(always)]
+unsafe fn add_term<S: Simd, const R: usize, const V: usize>(
+    simd: S,
+    rows: [*const f32; R],
+    mut sums: [[S::f32s; V]; R],
+    at: usize,
+    b: *const f32,
+) -> [[S::f32s; V]; R] {
+    let mut columns = [simd.splat_f32s(0.0); V];
+    // SAFETY: as the caller says.
+    unsafe {
+        for (v, column) in columns.iter_mut().enumerate() {
+            *column = b.add(v * S::F32_LANES).cast::<S::f32s>().read_unaligned();
+        }
+        for (row, row_sums) in rows.iter().zip(sums.iter_mut()) {
+            let value = simd.splat_f32s(*row.add(at));
+            for (sum, column) in row_sums.iter_mut().zip(columns) {
+                *sum = simd.mul_add_e_f32s(value, column, *sum);
+            }
+        }
+    }
+    sums
+}
+
 struct TileRows<S, const R: usize, const V: usize, const LEFT: u8> {
     simd: S,
     tile: Tile,
@@ -129,30 +158,20 @@ impl<S: Simd, const R: usize, const V: usize, const LEFT: u8> NullaryFnOnce
         // SAFETY: the tile's operands hold `k` terms of R rows and NR columns, the result R x cols elements
         // (the contract of `run_tile`).
         unsafe {
-            let mut term = |at: usize, b: *const f32| {
-                let mut columns = [simd.splat_f32s(0.0); V];
-                for (v, column) in columns.iter_mut().enumerate() {
-                    *column = b.add(v * lanes).cast::<S::f32s>().read_unaligned();
-                }
-                for (row, row_sums) in rows.iter().zip(acc.iter_mut()) {
-                    let value = simd.splat_f32s(*row.add(at));
-                    for (sum, column) in row_sums.iter_mut().zip(columns) {
-                        *sum = simd.mul_add_e_f32s(value, column, *sum);
-                    }
-                }
-            };
             for _ in 0..tile.k / UNROLL {
                 for t in 0..UNROLL {
-                    term(at + t * step, b);
+                    acc = add_term(simd, rows, acc, at + t * step, b);
                     b = b.wrapping_add(tile.b_step);
                 }
                 at += UNROLL * step;
             }
             for _ in 0..tile.k % UNROLL {
-                term(at, b);
+                acc = add_term(simd, rows, acc, at, b);
                 at += step;
                 b = b.wrapping_add(tile.b_step);
             }
+            // A copy in memory for loops that index it: without it, the sums themselves may lie there all along.
+            let acc = core::hint::black_box(acc);
             if tile.cols == V * lanes {
                 for (i, row) in acc.iter().enumerate() {
                     for (v, &sum) in row.iter().enumerate() {

@@ -82,7 +82,10 @@ impl Launch {
 }
 
 /// A moment in a GPU's stream.
-pub struct Event(EventInner);
+pub struct Event {
+    gpu: Gpu,
+    inner: EventInner,
+}
 
 enum EventInner {
     Card(CardEvent),
@@ -238,6 +241,8 @@ impl Gpu {
         for (name, value) in macros {
             key.extend([" ", name, "=", value]);
         }
+        // Nothing may be loaded while another thread records; the turn comes first, as that thread asks for modules, too.
+        let _turn = self.turn();
         let mut modules = self.0.modules.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(module) = modules.get(&key) {
             return Ok(module.clone());
@@ -362,10 +367,11 @@ impl Gpu {
     pub fn event(&self) -> Result<Event> {
         let turn = self.turn();
         turn.outside("cuEventRecord", self)?;
-        Ok(Event(match self.driver() {
+        let inner = match self.driver() {
             Driver::Card(card) => EventInner::Card(card.event()?),
             Driver::Host => EventInner::Host(std::time::Instant::now()),
-        }))
+        };
+        Ok(Event { gpu: self.clone(), inner })
     }
 
     /// # Safety
@@ -501,7 +507,9 @@ impl Event {
     /// # Errors
     /// If some of it failed.
     pub fn wait(&self) -> Result<()> {
-        match &self.0 {
+        // Events must not be waited for while another thread records the stream.
+        let _turn = self.gpu.turn();
+        match &self.inner {
             EventInner::Card(event) => event.wait(),
             EventInner::Host(_) => Ok(()),
         }
@@ -512,7 +520,8 @@ impl Event {
     /// # Errors
     /// If work before it failed.
     pub fn since(&self, earlier: &Event) -> Result<f64> {
-        match (&earlier.0, &self.0) {
+        let _turn = self.gpu.turn();
+        match (&earlier.inner, &self.inner) {
             (EventInner::Card(from), EventInner::Card(to)) => to.since(from),
             (EventInner::Host(from), EventInner::Host(to)) => {
                 Ok(to.duration_since(*from).as_secs_f64() * 1e3)
