@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use super::card::{Card, CardEvent, CardModule};
 use super::error::{GpuError, Result};
-use super::graph::Recording;
+use super::graph::{Recording, Turn};
 use super::host::{self, HostModule};
 use super::memory::Pool;
 use super::profile::Profile;
@@ -352,7 +352,10 @@ impl Gpu {
     /// # Errors
     /// If some of it failed.
     pub fn synchronize(&self) -> Result<()> {
-        let turn = self.turn();
+        self.wait(&self.turn())
+    }
+
+    pub(super) fn wait(&self, turn: &Turn<'_>) -> Result<()> {
         turn.outside("cuStreamSynchronize", self)?;
         match self.driver() {
             Driver::Card(card) => card.synchronize(),

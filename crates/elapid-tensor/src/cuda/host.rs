@@ -4,6 +4,7 @@ use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::ffi::c_void;
 use std::path::Path;
 use std::process::Command;
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use libloading::Library;
@@ -128,12 +129,20 @@ impl Entry {
     /// # Safety
     /// As [`super::Gpu::launch`].
     pub(super) unsafe fn run(self, launch: Launch, arguments: *const c_void) {
-        static SEED: AtomicU64 = AtomicU64::new(1);
+        static LAUNCHES: AtomicU64 = AtomicU64::new(1);
+        static SEED: LazyLock<u64> = LazyLock::new(first_seed);
         let ([gx, gy, gz], [bx, by, bz]) = (launch.grid, launch.block);
         let sizes = [gx, gy, gz, bx, by, bz, launch.shared];
+        let seed = SEED.wrapping_add(LAUNCHES.fetch_add(1, Ordering::Relaxed));
         // SAFETY: seven sizes, as the emulation reads; the rest is the caller's promise.
-        unsafe { (self.run)(arguments, sizes.as_ptr(), SEED.fetch_add(1, Ordering::Relaxed)) };
+        unsafe { (self.run)(arguments, sizes.as_ptr(), seed) };
     }
+}
+
+/// Where the drawn orders of threads start: ELAPID_EMULATION_SEED, so that repeated runs can try others.
+fn first_seed() -> u64 {
+    let seed = std::env::var("ELAPID_EMULATION_SEED").ok().and_then(|text| text.parse().ok());
+    seed.unwrap_or(0)
 }
 
 const ALIGN: usize = 256;

@@ -161,7 +161,9 @@ impl Gpu {
                 Ok(address) => address,
                 Err(error) if own != 0 => return Err(self.out_of_memory(bytes, error)),
                 Err(_) => {
-                    self.give_back(&mut pool, 0)?;
+                    drop(pool);
+                    self.trim()?;
+                    pool = self.pool();
                     self.allocate(capacity).map_err(|error| self.out_of_memory(bytes, error))?
                 }
             },
@@ -214,8 +216,18 @@ impl Gpu {
     /// # Errors
     /// If the driver refuses.
     pub fn trim(&self) -> Result<()> {
+        // Freeing waits for the card, which would spoil what another thread records. The turn comes before the pool, which
+        // that thread needs, too.
+        let turn = self.turn();
+        self.wait(&turn)?;
         let mut pool = self.pool();
-        self.give_back(&mut pool, 0)
+        for (capacity, addresses) in pool.take(0) {
+            for address in addresses {
+                pool.usage.cached -= capacity;
+                self.release(address, capacity)?;
+            }
+        }
+        Ok(())
     }
 
     /// Gives the waiting blocks of a graph that is gone to everybody.
@@ -232,17 +244,6 @@ impl Gpu {
             }
             pool.free.entry((0, capacity)).or_default().append(&mut addresses);
         }
-    }
-
-    fn give_back(&self, pool: &mut Pool, own: u64) -> Result<()> {
-        self.synchronize()?;
-        for (capacity, addresses) in pool.take(own) {
-            for address in addresses {
-                pool.usage.cached -= capacity;
-                self.release(address, capacity)?;
-            }
-        }
-        Ok(())
     }
 
     fn out_of_memory(&self, asked: usize, error: GpuError) -> GpuError {

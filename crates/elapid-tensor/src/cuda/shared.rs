@@ -23,6 +23,7 @@ impl Gpu {
     /// If the driver refuses.
     pub fn shared<T: Pod>(&self, len: usize) -> Result<SharedBuffer<T>> {
         let bytes = (len * size_of::<T>()).max(1);
+        let _turn = self.turn();
         let address = match self.driver() {
             Driver::Card(card) => card.allocate_on_host(bytes)?,
             Driver::Host => self.allocate(bytes)?,
@@ -63,13 +64,15 @@ impl<T: Pod> SharedBuffer<T> {
 impl<T> Drop for SharedBuffer<T> {
     fn drop(&mut self) {
         let bytes = (self.len * size_of::<T>()).max(1);
-        // Launches may still write. A failure has nobody to tell.
-        let _ = match self.gpu.driver() {
+        // Launches may still write. Waiting for them would spoil what another thread records; dropped by a thread that
+        // records, the memory stays with the launches that were written down. A failure has nobody to tell.
+        let turn = self.gpu.turn();
+        let _ = turn.outside("cuMemFreeHost", &self.gpu).and_then(|()| match self.gpu.driver() {
             Driver::Card(card) => {
-                let _ = card.synchronize();
+                card.synchronize()?;
                 card.release_on_host(self.address)
             }
             Driver::Host => self.gpu.release(self.address, bytes),
-        };
+        });
     }
 }

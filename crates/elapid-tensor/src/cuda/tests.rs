@@ -1,5 +1,8 @@
 //! The emulation and, where there is one, the card: memory, kernels, errors.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
 use super::{DeviceBuffer, Gpu, GpuError, KernelArguments, Launch, Source, libraries};
 
 static TESTS: Source = Source { name: "tests", text: include_str!("tests.cu"), headers: &[] };
@@ -167,6 +170,46 @@ fn recorded_work_is_carried_out_on_launch() {
         let refused = gpu.record(|| x.read()).err().unwrap().to_string();
         assert!(refused.contains("recorded graph"), "{refused}");
         assert_eq!(x.read().unwrap(), [3.0; 8]);
+    }
+}
+
+#[test]
+fn what_other_threads_do_meanwhile_does_not_spoil_a_recording() {
+    for gpu in gpus() {
+        let kernel = gpu.module(&TESTS, &[]).unwrap().kernel("row_sum").unwrap();
+        let (x, to) = (gpu.upload(&[1f32; 8]).unwrap(), gpu.zeros::<f32>(2).unwrap());
+        let args = SumArgs { x: x.address(), y: to.address(), rows: 2, width: 4 };
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for other in 0..2 {
+                let (gpu, over) = (&gpu, &over);
+                scope.spawn(move || {
+                    while !over.load(Ordering::Relaxed) {
+                        drop(gpu.shared::<u32>(16).unwrap());
+                        gpu.event().unwrap().wait().unwrap();
+                        assert_eq!(gpu.upload(&[other; 64]).unwrap().read().unwrap(), [other; 64]);
+                        gpu.trim().unwrap();
+                    }
+                });
+            }
+            let recordings = (0..50).map(|_| {
+                gpu.record(|| {
+                    for _ in 0..20 {
+                        // SAFETY: one block a row, within both buffers.
+                        unsafe { gpu.launch(&kernel, Launch::linear(2, 32), &args)? };
+                        std::thread::sleep(Duration::from_micros(50));
+                    }
+                    super::Result::Ok(())
+                })
+            });
+            let outcome: super::Result<Vec<_>> = recordings.collect();
+            over.store(true, Ordering::Relaxed);
+            for ((), graph) in outcome.unwrap() {
+                // SAFETY: both buffers are where they were.
+                unsafe { graph.launch() }.unwrap();
+            }
+        });
+        assert_eq!(to.read().unwrap(), [4.0; 2], "{gpu}");
     }
 }
 
