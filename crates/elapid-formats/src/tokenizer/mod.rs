@@ -4,6 +4,7 @@
 //! ([`Tokenizer::find`]), which tokens end a sequence ([`end_of_sequence`]), the way from GGUF's lists to a
 //! tokenizer and back ([`Vocabulary`]), and decoding one token at a time ([`Detokenizer`]).
 
+mod bpe;
 mod bytes;
 mod find;
 mod stream;
@@ -81,7 +82,11 @@ impl Tokenizer {
         let refuse = |error: tokenizers::Error| {
             Error::format(source, format!("no usable tokenizer: {error}"))
         };
-        let mut inner = tokenizers::Tokenizer::from_bytes(text).map_err(refuse)?;
+        let inner = match bpe::describes(text) {
+            true => bpe::read(text),
+            false => tokenizers::Tokenizer::from_bytes(text),
+        };
+        let mut inner = inner.map_err(refuse)?;
         inner.with_padding(None);
         inner.with_truncation(None).map_err(refuse)?;
         let byte_level = matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
