@@ -249,7 +249,7 @@ pub(super) struct Row {
 /// Rounds a block and returns its scale, NaN if a value is not finite.
 fn round(x: &[f32], bytes: &mut [i8], words: &mut [i16], sums: &mut [i16]) -> f32 {
     #[cfg(target_arch = "x86_64")]
-    if super::dense_x86::has_avx2() {
+    if super::detected::has_avx2() {
         #[target_feature(enable = "avx2,fma")]
         fn avx2(x: &[f32], bytes: &mut [i8], words: &mut [i16], sums: &mut [i16]) -> f32 {
             round_portable(x, bytes, words, sums)

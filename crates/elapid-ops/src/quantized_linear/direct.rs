@@ -28,7 +28,7 @@ pub(super) unsafe fn rows<B: Blocks>(
             unsafe {
                 let to = out.pointer.add(token * out.stride + row - rows.start);
                 #[cfg(target_arch = "x86_64")]
-                if count == GROUP && super::dense_x86::has_avx2() {
+                if count == GROUP && super::detected::has_avx2() {
                     super::direct_x86::eight::<B>(from, weight.row_bytes, blocks, &integers, to);
                     continue;
                 }
@@ -47,7 +47,7 @@ pub(super) unsafe fn rows<B: Blocks>(
 /// `blocks` blocks must be at `from`, and as many in `x`.
 unsafe fn one<B: Blocks>(from: *const u8, blocks: usize, x: &Row) -> f32 {
     #[cfg(target_arch = "x86_64")]
-    if super::dense_x86::has_avx2() {
+    if super::detected::has_avx2() {
         #[target_feature(enable = "avx2,fma,f16c")]
         unsafe fn avx2<B: Blocks>(from: *const u8, blocks: usize, x: &Row) -> f32 {
             // SAFETY: the caller's.

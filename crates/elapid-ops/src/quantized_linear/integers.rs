@@ -38,10 +38,10 @@ unsafe fn of<B: Blocks>(weight: &Weight<'_>, x: &Activations<'_>, rows: Range<us
         if super::quads_x86::has(B::ENCODING) {
             // One token is read where it lies, at the speed of memory; rearranging `q4_k` pays from three on.
             let direct = x.tokens() <= if B::LEN == 32 { 1 } else { 2 };
-            if super::panel_x86::has_vnni() && !direct {
+            if super::detected::has_vnni() && !direct {
                 return super::quads_x86::vnni(weight, x, rows, out);
             }
-            if super::dense_x86::has_avx2() && !direct {
+            if super::detected::has_avx2() && !direct {
                 return super::quads_x86::avx2(weight, x, rows, out);
             }
         }

@@ -4,8 +4,9 @@
 //! One definition holds for every number of tokens, so that decoding, batches and prompts agree bit for bit; a
 //! row's sum does not depend on T, on threads, or on how rows are shared out.
 //!
-//! - **Floats** (`dense.rs`): x stays f32. Lane l of sixteen adds up the terms k ≡ l (mod 16) by fused
-//!   multiply-adds in ascending order; the lanes are then added in halves: the same bits on every machine that fuses.
+//! - **Floats** (`dense/`): x stays f32. In blocks of 512 columns, each lane of a vector adds up its terms by fused
+//!   multiply-adds in ascending order; the lanes are then added in halves, and the blocks one after the other: the same
+//!   bits on every machine with vectors as wide.
 //! - **Blocks of integers** (`integers.rs`): x is rounded to eight bits under a scale for each 32 (`q8_0`, `q4_0`) or
 //!   256 (`q4_k`, `q6_k`) elements ([`Activations`]). The integers of a block are added up exactly, then
 //!   `y ← fma(d_w d_x, Σ, y)` block after block: the same bits on every machine that fuses.
@@ -14,10 +15,8 @@
 
 mod activations;
 mod dense;
-#[cfg(target_arch = "aarch64")]
-mod dense_neon;
 #[cfg(target_arch = "x86_64")]
-mod dense_x86;
+mod detected;
 mod direct;
 #[cfg(target_arch = "x86_64")]
 mod direct_x86;

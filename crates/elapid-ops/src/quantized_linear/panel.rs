@@ -40,10 +40,10 @@ pub(super) unsafe fn rows<B: Blocks>(
         unsafe {
             #[cfg(target_arch = "x86_64")]
             {
-                if super::panel_x86::has_vnni() {
+                if super::detected::has_vnni() {
                     return super::panel_x86::avx512::<B>(panel, weight, x, rows, tokens, out);
                 }
-                if super::dense_x86::has_avx2() {
+                if super::detected::has_avx2() {
                     return super::panel_x86::avx2::<B>(panel, weight, x, rows, tokens, out);
                 }
             }

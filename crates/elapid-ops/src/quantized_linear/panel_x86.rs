@@ -2,17 +2,10 @@
 
 use core::arch::x86_64::*;
 use std::ops::Range;
-use std::sync::OnceLock;
 
 use super::panel::Panel;
 use super::unpack::Blocks;
 use super::{Activations, Output, Weight};
-
-/// AVX-512 with the instruction that multiplies pairs of 16-bit integers and adds them.
-pub(super) fn has_vnni() -> bool {
-    static FOUND: OnceLock<bool> = OnceLock::new();
-    *FOUND.get_or_init(|| super::dense_x86::has_avx512() && is_x86_feature_detected!("avx512vnni"))
-}
 
 /// # Safety
 /// AVX2, FMA and F16C must be available; else as [`super::panel::rows`].

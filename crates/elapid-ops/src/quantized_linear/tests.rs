@@ -105,6 +105,11 @@ fn more_tokens_than_a_block_of_them() {
     for encoding in Encoding::ALL {
         check(encoding, 19, 256, 131, 5);
     }
+    // Rows of several blocks, whose tokens' copies have room together or block by block.
+    for encoding in [Encoding::F32, Encoding::BF16, Encoding::F16] {
+        check(encoding, 19, 1221, 40, 6);
+        check(encoding, 9, 1221, 131, 7);
+    }
 }
 
 #[test]
@@ -146,12 +151,12 @@ fn of<B: unpack::Blocks>(weight: &Weight<'_>, x: &Activations<'_>) {
     let mut kernels: Vec<(&str, Kernel)> = vec![("portable", panel::portable::<B>)];
     #[cfg(target_arch = "x86_64")]
     {
-        if dense_x86::has_avx2() {
+        if detected::has_avx2() {
             kernels.push(("avx2", panel_x86::avx2::<B>));
         } else {
             eprintln!("SKIPPED: no AVX2 on this machine");
         }
-        if panel_x86::has_vnni() {
+        if detected::has_vnni() {
             kernels.push(("avx512 with vnni", panel_x86::avx512::<B>));
         } else {
             eprintln!("SKIPPED: no AVX-512 with VNNI on this machine");
@@ -169,10 +174,10 @@ fn of<B: unpack::Blocks>(weight: &Weight<'_>, x: &Activations<'_>) {
     if quads_x86::has(B::ENCODING) {
         type Kernel = unsafe fn(&Weight<'_>, &Activations<'_>, Range<usize>, Output);
         let mut kernels: Vec<(&str, Kernel)> = Vec::new();
-        if dense_x86::has_avx2() {
+        if detected::has_avx2() {
             kernels.push(("quads on avx2", quads_x86::avx2));
         }
-        if panel_x86::has_vnni() {
+        if detected::has_vnni() {
             kernels.push(("quads on avx512 with vnni", quads_x86::vnni));
         }
         let (x, columns) = (x.floats().0, x.columns());
@@ -200,7 +205,7 @@ fn of<B: unpack::Blocks>(weight: &Weight<'_>, x: &Activations<'_>) {
 
 #[test]
 fn every_instruction_set_adds_floats_up() {
-    let (rows, columns, tokens) = (13, 91, 7);
+    let (rows, columns, tokens) = (13, 603, 7);
     let w = values(8, rows * columns, 1.0);
     let x = values(9, tokens * columns, 1.0);
     for encoding in [Encoding::F32, Encoding::BF16, Encoding::F16] {
@@ -210,18 +215,18 @@ fn every_instruction_set_adds_floats_up() {
         type Kernel = unsafe fn(Encoding, dense::Call);
         let mut kernels: Vec<(&str, Kernel)> = Vec::new();
         #[cfg(not(target_arch = "aarch64"))]
-        kernels.push(("portable", dense::by_encoding::<dense::Portable>));
+        kernels.push(("portable", dense::portable::rows));
         #[cfg(target_arch = "aarch64")]
-        kernels.push(("neon", dense_neon::rows));
+        kernels.push(("neon", dense::neon::rows));
         #[cfg(target_arch = "x86_64")]
         {
-            if dense_x86::has_avx2() {
-                kernels.push(("avx2", dense_x86::avx2));
+            if detected::has_avx2() {
+                kernels.push(("avx2", dense::x86::avx2));
             } else {
                 eprintln!("SKIPPED: no AVX2 on this machine");
             }
-            if dense_x86::has_avx512() {
-                kernels.push(("avx512", dense_x86::avx512));
+            if detected::has_avx512() {
+                kernels.push(("avx512", dense::x86::avx512));
             } else {
                 eprintln!("SKIPPED: no AVX-512 on this machine");
             }
