@@ -1,7 +1,8 @@
 //! A pre-norm residual block, ordered so that addition and normalisation fuse
 //! (Mamba, figure 3; `res ← hidden + res; hidden ← mixer(norm(res))`).
 
-use elapid_ops::norm::{layer_norm, rms_norm};
+use elapid_ops::norm::{layer_norm, norm_again, rms_norm};
+use elapid_tensor::autograd::with_recipe;
 use elapid_tensor::{Sequences, Tensor};
 
 use crate::initialize::Initializer;
@@ -37,6 +38,17 @@ impl Norm {
             None => rms_norm(x, Some(&self.weight), residual, self.eps)?,
             Some(bias) => layer_norm(x, Some(&self.weight), Some(bias), residual, self.eps)?,
         })
+    }
+
+    /// `normed`, which came of `residual`, kept for backward as the recipe to make it of that once more.
+    fn remade(&self, normed: Tensor, residual: &Tensor) -> Tensor {
+        let mut inputs = vec![residual, &self.weight];
+        inputs.extend(&self.bias);
+        let (kind, dtype) = ((self.bias.is_some(), self.eps), normed.dtype());
+        with_recipe(vec![normed], &inputs, move |inputs| {
+            Ok(vec![norm_again(&inputs[0], Some(&inputs[1]), inputs.get(2), kind, dtype)?])
+        })
+        .swap_remove(0)
     }
 
     /// Shows `{prefix}.weight` and `{prefix}.bias`.
@@ -92,7 +104,12 @@ impl Block {
         context.tap("residual", &residual);
         context.tap("norm", &normed);
         // The first block's norm has the type of the embedding, f32.
-        let normed = normed.cast(context.compute())?;
+        let mut normed = normed.cast(context.compute())?;
+        // The residual stream is kept for the norm itself. On a card making it again takes less than a hundredth of a
+        // step; the host has the memory.
+        if context.recompute() && normed.gpu().is_some() {
+            normed = self.norm.remade(normed, &residual);
+        }
         let (hidden, state) = context
             .within("mixer", |context| self.mixer.forward(&normed, sequences, state, context))?;
         Ok((hidden, residual, state))

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use elapid_tensor::autograd::{
     Backward, Saved, accumulate, backward, checkpoint, is_recording, no_grad, record_one,
-    rematerialize,
+    rematerialize, with_recipe,
 };
 use elapid_tensor::{Result, Tensor};
 
@@ -131,6 +131,29 @@ fn rematerialized_values_are_made_again_once() {
     assert_eq!(runs.load(Ordering::Relaxed), 2, "three users, one more run");
     assert_eq!(values(&grads[0]), [3.0 * 36.0 * 3.0]);
     assert_eq!(values(&grads[1]), [3.0 * 36.0 * 2.0]);
+}
+
+#[test]
+fn a_recipe_of_something_else_is_used_in_place_of_the_values() {
+    let x = vector(&[2.0]).requires_grad();
+    let square = mul(&x, &x);
+    // It says five times the square, so that its use shows.
+    let u = with_recipe(vec![square.clone()], &[&x], |inputs| {
+        let square = mul(&inputs[0], &inputs[0]);
+        Ok(vec![mul(&square, &vector(&[5.0]))])
+    })
+    .swap_remove(0);
+    assert_eq!(values(&Some(u.clone())), [4.0]);
+    let out = mul(&u, &vector(&[3.0]).requires_grad());
+    let grads = backward(&[(&out, None)], &[&x]).unwrap();
+    assert_eq!(values(&grads[0]), [12.0], "gradients flow as without the recipe");
+    let factor = vector(&[3.0]).requires_grad();
+    let out = mul(&u.detach(), &factor);
+    assert_eq!(values(&backward(&[(&out, None)], &[&factor]).unwrap()[0]), [4.0]);
+    let x = vector(&[2.0]).requires_grad();
+    let u = with_recipe(vec![mul(&x, &x)], &[&x], |_| Ok(vec![vector(&[20.0])])).swap_remove(0);
+    let out = mul(&u, &factor);
+    assert_eq!(values(&backward(&[(&out, None)], &[&factor]).unwrap()[0]), [20.0]);
 }
 
 #[test]

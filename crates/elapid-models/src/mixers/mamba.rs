@@ -11,8 +11,8 @@
 //! ```
 //!
 //! In FalconMamba dt, B and C are normalised before they are used (RMS without weights; arXiv 2410.05355).
-//! u and W_dt · dt are made again in backward rather than kept (section 3.3.2), unless the context says otherwise:
-//! they are cheap, and as wide as everything else that a layer keeps.
+//! u, W_dt · dt and, on a GPU, y ⊙ silu(z) are made again in backward rather than kept (section 3.3.2), unless the
+//! context says otherwise: they are cheap, and as wide as everything else that a layer keeps.
 
 use std::borrow::Cow;
 
@@ -20,7 +20,7 @@ use elapid_ops::causal_conv1d::{Activation, causal_conv1d};
 use elapid_ops::elementwise::neg_exp;
 use elapid_ops::matmul::linear;
 use elapid_ops::norm::rms_norm;
-use elapid_ops::selective_scan::{self, selective_scan};
+use elapid_ops::selective_scan::{self, selective_scan, selective_scan_linear};
 use elapid_tensor::autograd::rematerialize;
 use elapid_tensor::{Sequences, Shape, Tensor};
 
@@ -138,23 +138,33 @@ impl SequenceMixer for Mamba {
         };
         context.tap("dt_proj", &delta);
 
-        let (y, ssm_state) = selective_scan(
-            &selective_scan::Inputs {
-                u: &u,
-                delta: &delta,
-                a: &neg_exp(&self.a_log)?,
-                b: &parts[1].unsqueeze(1)?,
-                c: &parts[2].unsqueeze(1)?,
-                d: Some(&self.d),
-                z: Some(&z),
-                delta_bias: self.dt_proj.bias.as_ref(),
-                delta_softplus: true,
-                state: ssm_in.as_ref(),
-            },
-            sequences,
-        )?;
+        let a = neg_exp(&self.a_log)?;
+        let (b, c) = (parts[1].unsqueeze(1)?, parts[2].unsqueeze(1)?);
+        let inputs = selective_scan::Inputs {
+            u: &u,
+            delta: &delta,
+            a: &a,
+            b: &b,
+            c: &c,
+            d: Some(&self.d),
+            z: Some(&z),
+            delta_bias: self.dt_proj.bias.as_ref(),
+            delta_softplus: true,
+            state: ssm_in.as_ref(),
+        };
+        let (weight, bias) = (&self.out_proj.weight, self.out_proj.bias.as_ref());
+        let (y, output, ssm_state) = match context.recompute() {
+            true => {
+                let found = selective_scan_linear(&inputs, weight, bias, sequences)?;
+                (found.y, found.output, found.state)
+            }
+            false => {
+                let (y, state) = selective_scan(&inputs, sequences)?;
+                let output = linear(&y, weight, bias)?;
+                (y, output, state)
+            }
+        };
         context.tap("scan", &y);
-        let output = linear(&y, &self.out_proj.weight, self.out_proj.bias.as_ref())?;
         context.tap("out_proj", &output);
         let state = LayerState::new([
             (Cow::Borrowed(CONV_STATE), conv_state),

@@ -55,31 +55,66 @@ pub fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// If the shapes do not fit, or a type or device is another.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    const OP: &str = "linear";
-    x.expect_rank(OP, "x", 2, "[T, K]")?;
-    weight.expect_rank(OP, "weight", 2, "[N, K]")?;
+    let out = linear_forward("linear", x, weight, bias)?;
+    let mut inputs = vec![x, weight];
+    inputs.extend(bias);
+    Ok(record_one("linear", &inputs, out, || linear_backward(x, weight, bias.map(Tensor::shape))))
+}
+
+/// [`linear`] without a place in the graph.
+pub(crate) fn linear_forward(
+    op: &'static str,
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
+    x.expect_rank(op, "x", 2, "[T, K]")?;
+    weight.expect_rank(op, "weight", 2, "[N, K]")?;
     let (n, k) = (weight.dim(0), x.dim(1));
     if weight.dim(1) != k {
-        return Err(weight.shape_error(OP, "weight", format!("[N, {k}]")));
+        return Err(weight.shape_error(op, "weight", format!("[N, {k}]")));
     }
-    let Some(bias) = bias else {
-        let out = product(OP, x, &transposed(weight)?, x.dtype())?;
-        return Ok(record_one(OP, &[x, weight], out, || linear_backward(x, weight, None)));
-    };
-    bias.expect_shape(OP, "bias", &[n])?;
+    let Some(bias) = bias else { return product(op, x, &transposed(weight)?, x.dtype()) };
+    bias.expect_shape(op, "bias", &[n])?;
     let values = bias.detach().contiguous()?;
-    let out = match x.gpu() {
+    match x.gpu() {
         Some(gpu) => {
             let to = on_gpu::To::New(x.dtype());
-            on_gpu::product(gpu, OP, x, &transposed(weight)?, Some(&values), to)?
+            on_gpu::product(gpu, op, x, &transposed(weight)?, Some(&values), to)
         }
         None => {
-            let mut out = product(OP, x, &transposed(weight)?, x.dtype())?;
+            let mut out = product(op, x, &transposed(weight)?, x.dtype())?;
             add_to_rows(out.data_mut::<f32>()?, values.data::<f32>()?);
-            out
+            Ok(out)
         }
-    };
-    Ok(record_one(OP, &[x, weight, bias], out, || linear_backward(x, weight, Some(bias.shape()))))
+    }
+}
+
+/// What [`linear`] gives back to its x `[T, K]`, of type `dtype`.
+pub(crate) fn linear_gradient_of_x(
+    op: &'static str,
+    grad: &Tensor,
+    weight: &Tensor,
+    dtype: DType,
+) -> Result<Tensor> {
+    product(op, grad, weight, dtype)
+}
+
+/// What [`linear`] gives back to weight and bias (its shape), whose places among the inputs are given.
+pub(crate) fn linear_gradients_of_parameters(
+    context: &Backward,
+    grad: &Tensor,
+    x: impl FnOnce() -> Result<Tensor>,
+    (weight, dtype): (usize, DType),
+    bias: Option<(usize, Shape)>,
+) -> Result<Vec<Option<Tensor>>> {
+    let op = context.op();
+    let mut grads =
+        vec![wanted(context, weight, || product(op, &transposed(grad)?, &x()?, dtype))?];
+    if let Some((place, shape)) = bias {
+        grads.push(wanted(context, place, || sum_to_shape(grad, shape)?.cast(dtype))?);
+    }
+    Ok(grads)
 }
 
 fn linear_backward(
@@ -99,14 +134,15 @@ fn linear_backward(
             }
             _ => wanted(context, 0, || product(OP, &grad, &weight.get()?, x_type))?,
         };
-        let mut grads = vec![
-            dx,
-            wanted(context, 1, || product(OP, &transposed(&grad)?, &x.get()?, weight_type))?,
-        ];
-        if let Some(shape) = bias {
-            let sum = || sum_to_shape(&grad, shape)?.cast(weight_type);
-            grads.push(wanted(context, 2, sum)?);
-        }
+        let mut grads = vec![dx];
+        let bias = bias.map(|shape| (2, shape));
+        grads.extend(linear_gradients_of_parameters(
+            context,
+            &grad,
+            || x.get(),
+            (1, weight_type),
+            bias,
+        )?);
         Ok(grads)
     }
 }

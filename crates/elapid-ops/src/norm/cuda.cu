@@ -5,8 +5,8 @@
 // and the block's size decide. Statistics are made again in backward. Gradients of weight and bias are summed over
 // the block's rows in order, then over blocks in order.
 //
-// Macros: ELEMENT, the type of x, y, dy and dx; SAVED, the type of what backward reads as r (float after a residual
-// addition, else that of x); CENTER (1: LayerNorm, 0: RMSNorm); PACKS, at least ceil(C / (4 threads)); THREADS, the
+// Macros: ELEMENT, the type of y, dy and dx; SAVED, the type of x, or of what backward reads as r (float after a
+// residual addition, else that of x); CENTER (1: LayerNorm, 0: RMSNorm); PACKS, at least ceil(C / (4 threads)); THREADS, the
 // most threads of a block of the first two kernels (1024 unless set: fewer leave more registers).
 #include "prelude.cuh"
 
@@ -26,7 +26,7 @@ constexpr int PACK = 4;
 #endif
 
 struct ForwardArguments {
-    const T* x;  // [T, C]
+    const R* x;  // [T, C]
     int64_t x_stride;
     const float* residual;  // [T, C], or null
     int64_t residual_stride;
@@ -181,7 +181,7 @@ template <bool FAST> DEVICE void forward(const ForwardArguments& args, float* ro
 // Any number of blocks along x, whole warps a block. Results do not depend on the number of blocks.
 KERNEL(norm_forward, ForwardArguments, THREADS, FORWARD_BLOCKS) {
     __shared__ float room[WARP];
-    bool fast = args.width % PACK == 0 && packable<T, PACK>(args.x, args.x_stride) &&
+    bool fast = args.width % PACK == 0 && packable<R, PACK>(args.x, args.x_stride) &&
                 packable<T, PACK>(args.y, args.y_stride) && packable<float, PACK>(args.residual, args.residual_stride) &&
                 packable<float, PACK>(args.residual_out, args.residual_out_stride) &&
                 packable<float, PACK>(args.weight, 0) && packable<float, PACK>(args.bias, 0);

@@ -122,19 +122,19 @@ impl Norm<'_> {
     }
 }
 
-/// `y = norm(residual_out)` of type T and `residual_out = x + residual` in f32, both `[rows, C]`; without a residual
-/// there is no sum.
+/// `y = norm(residual_out)` of type T and `residual_out = x + residual` in f32, both `[rows, C]`, of x of type X; without
+/// a residual there is no sum.
 ///
 /// # Errors
 /// If a buffer does not fit, or the GPU fails.
-pub fn forward<T: GpuElement>(
+pub fn forward<T: GpuElement, X: GpuElement>(
     gpu: &Gpu,
     norm: &Norm<'_>,
     rows: usize,
-    x: Rows<'_, T>,
+    x: Rows<'_, X>,
     residual: Option<Rows<'_, f32>>,
 ) -> Result<(DeviceBuffer<T>, Option<DeviceBuffer<f32>>)> {
-    let module = norm.module::<T, T>(gpu)?;
+    let module = norm.module::<T, X>(gpu)?;
     let width = norm.width;
     let y = gpu.scratch::<T>(rows * width)?;
     let sum = residual.map(|_| gpu.scratch::<f32>(rows * width)).transpose()?;

@@ -13,7 +13,7 @@ mod tests;
 #[cfg(test)]
 mod tests_cuda;
 
-use elapid_tensor::autograd::{Backward, Saved, record};
+use elapid_tensor::autograd::{Backward, Saved, no_grad, record};
 use elapid_tensor::{DType, Result, Tensor};
 
 use crate::gpu::by_rows;
@@ -38,6 +38,27 @@ pub fn rms_norm(
     norm("rms_norm", Kind { center: false, eps }, x, weight, None, residual)
 }
 
+/// The recipe of a norm's y: what comes of [`rms_norm`] or, if `center`, [`layer_norm`] of x [T, C] without a residual,
+/// on a GPU in `dtype`. It has no place in the graph.
+///
+/// # Errors
+/// As [`rms_norm`].
+pub fn norm_again(
+    x: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    (center, eps): (bool, f32),
+    dtype: DType,
+) -> Result<Tensor> {
+    let kind = Kind { center, eps };
+    let Some(gpu) = x.gpu() else {
+        return no_grad(|| norm(OP, kind, x, weight, bias, None))?.0.cast(dtype);
+    };
+    check(OP, x, weight, bias, None)?;
+    let parameter = |tensor: Option<&Tensor>| tensor.map(|t| t.detach().contiguous()).transpose();
+    on_gpu::again(gpu, kind, &by_rows(x)?, (&parameter(weight)?, &parameter(bias)?), dtype)
+}
+
 /// (y, residual_out), both [T, C], of types as in [`rms_norm`]: `residual_out = x + residual`,
 /// `y = (r - mean(r)) / sqrt(var(r) + eps) · weight + bias` of `r = residual_out`.
 ///
@@ -53,14 +74,13 @@ pub fn layer_norm(
     norm("layer_norm", Kind { center: true, eps }, x, weight, bias, residual)
 }
 
-fn norm(
+fn check(
     op: &'static str,
-    kind: Kind,
     x: &Tensor,
     weight: Option<&Tensor>,
     bias: Option<&Tensor>,
     residual: Option<&Tensor>,
-) -> Result<(Tensor, Tensor)> {
+) -> Result<()> {
     x.expect_rank(op, "x", 2, "[T, C]")?;
     let (t, c) = (x.dim(0), x.dim(1));
     for (name, tensor, shape) in [
@@ -76,6 +96,19 @@ fn norm(
             tensor.expect_dtype(op, name, DType::F32)?;
         }
     }
+    Ok(())
+}
+
+fn norm(
+    op: &'static str,
+    kind: Kind,
+    x: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    residual: Option<&Tensor>,
+) -> Result<(Tensor, Tensor)> {
+    check(op, x, weight, bias, residual)?;
+    let (t, c) = (x.dim(0), x.dim(1));
     let weights = weight.map(|weight| weight.detach().contiguous()).transpose()?;
     let biases = bias.map(|bias| bias.detach().contiguous()).transpose()?;
     let x_rows = by_rows(x)?;

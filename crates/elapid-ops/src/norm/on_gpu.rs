@@ -1,7 +1,7 @@
 //! The normalisations of tensors on a GPU.
 
 use elapid_tensor::cuda::Gpu;
-use elapid_tensor::{Result, Tensor};
+use elapid_tensor::{DType, Error, Result, Tensor, bf16};
 
 use super::cpu::Kind;
 use super::cuda::{self, Norm};
@@ -19,9 +19,29 @@ pub(super) fn forward(
     let norm = Norm { weight: slice_of(weight)?, bias: slice_of(bias)?, ..plain(kind, x) };
     let residual = residual.as_ref().map(rows).transpose()?;
     with_gpu_element!(OP, x, T => {
-        let (y, sum) = cuda::forward::<T>(gpu, &norm, x.dim(0), rows(x)?, residual)?;
+        let (y, sum) = cuda::forward::<T, T>(gpu, &norm, x.dim(0), rows(x)?, residual)?;
         let sum = sum.map(|sum| Tensor::from_device(sum, x.shape())).transpose()?;
         Ok((Tensor::from_device(y, x.shape())?, sum))
+    })
+}
+
+/// y alone, of type `dtype`, from what was normalised.
+pub(super) fn again(
+    gpu: &Gpu,
+    kind: Kind,
+    r: &Tensor,
+    (weight, bias): (&Option<Tensor>, &Option<Tensor>),
+    dtype: DType,
+) -> Result<Tensor> {
+    let norm = Norm { weight: slice_of(weight)?, bias: slice_of(bias)?, ..plain(kind, r) };
+    with_gpu_element!(OP, r, R => match dtype {
+        DType::F32 => {
+            Tensor::from_device(cuda::forward::<f32, R>(gpu, &norm, r.dim(0), rows(r)?, None)?.0, r.shape())
+        }
+        DType::BF16 => {
+            Tensor::from_device(cuda::forward::<bf16, R>(gpu, &norm, r.dim(0), rows(r)?, None)?.0, r.shape())
+        }
+        other => Err(Error::argument(OP, format!("y in {other}, expected f32 or bf16"))),
     })
 }
 

@@ -35,13 +35,17 @@ fn check<T: GpuElement>(seed: u64, (rows, width): (usize, usize), center: bool, 
             Norm { width, center, eps, weight: Some(weight.slice()), bias: Some(bias.slice()) };
         let tolerance = if T::CUDA == "float" { 1e-5 } else { 1e-2 };
         let x = Rows::part(&wide, 0, stride);
-        let (found, sum) =
-            cuda::forward(&gpu, &norm, rows, x, residual.then(|| Rows::new(&add, width))).unwrap();
+        let add = residual.then(|| Rows::new(&add, width));
+        let (found, sum) = cuda::forward::<T, T>(&gpu, &norm, rows, x, add).unwrap();
         close("y", &from_element(&found.read().unwrap()), &y, tolerance);
         let (dy, dsum) = (Rows::new(&dy, width), Some(Rows::new(&dsum, width)));
         let grads = match &sum {
             Some(sum) => {
                 close("residual_out", &widen(&sum.read().unwrap()), &r, tolerance);
+                let sum_rows = Rows::new(sum, width);
+                let again = cuda::forward::<T, f32>(&gpu, &norm, rows, sum_rows, None).unwrap().0;
+                let (again, found) = (again.read().unwrap(), found.read().unwrap());
+                assert_eq!(from_element(&again), from_element(&found), "y again");
                 cuda::backward(&gpu, &norm, rows, Rows::new(sum, width), dy, dsum)
             }
             None => cuda::backward(&gpu, &norm, rows, x, dy, dsum),
@@ -75,7 +79,8 @@ fn a_row_does_not_depend_on_others() {
         let run = |x: &[f32]| {
             let rows = x.len() / width;
             let x = gpu.upload(x).unwrap();
-            cuda::forward(&gpu, &norm, rows, Rows::new(&x, width), None).unwrap().0.read().unwrap()
+            let x = Rows::new(&x, width);
+            cuda::forward::<f32, f32>(&gpu, &norm, rows, x, None).unwrap().0.read().unwrap()
         };
         let all = run(&x);
         for row in 0..4 {

@@ -61,6 +61,8 @@ pub struct Chunks(DeviceBuffer<f32>);
 /// Gradients by the inputs.
 #[derive(Debug)]
 pub struct Gradients<T> {
+    /// The output once more, `[T, E]`, if it was asked for.
+    pub y: Option<DeviceBuffer<T>>,
     /// `[T, E]`
     pub u: DeviceBuffer<T>,
     /// `[T, E]`
@@ -156,6 +158,7 @@ struct BackwardArguments {
     du: u64,
     ddelta: u64,
     dz: u64,
+    y: u64,
     du_stride: i64,
     ddelta_stride: i64,
     dz_stride: i64,
@@ -312,7 +315,8 @@ pub fn forward<T: GpuElement>(
 }
 
 /// Gradients by the inputs, given those of the output `[T, E]` and of the state after the batch; that of z is written to
-/// `dz`, if there is such a place. Sums run in an order that the plan decides.
+/// `dz`, if there is such a place. Sums run in an order that the plan decides. `with_output` asks for the output as
+/// well, which only a scan with a gate makes on its way.
 ///
 /// # Errors
 /// As [`forward`].
@@ -323,12 +327,17 @@ pub fn backward<T: GpuElement>(
     dy: Rows<'_, T>,
     dlast: Option<DeviceSlice<'_, f32>>,
     dz: Option<&Place>,
+    with_output: bool,
 ) -> elapid_tensor::Result<Gradients<T>> {
     let plan = inputs.plan;
+    if with_output && inputs.z.is_none() {
+        return Err(wrong(OP, "the output in backward: expected a gate".into()).into());
+    }
     let (tokens, e) = (plan.extents.tokens, plan.channels);
     let width = plan.groups * plan.states;
     let (has_d, has_bias) = (inputs.d.is_some(), inputs.delta_bias.is_some());
     let found = Gradients {
+        y: with_output.then(|| gpu.scratch(tokens * e)).transpose()?,
         u: gpu.scratch(tokens * e)?,
         delta: gpu.scratch(tokens * e)?,
         a: gpu.scratch(plan.matrix())?,
@@ -359,6 +368,7 @@ pub fn backward<T: GpuElement>(
         du: found.u.address(),
         ddelta: found.delta.address(),
         dz: if inputs.z.is_some() { dz } else { 0 },
+        y: found.y.as_ref().map_or(0, DeviceBuffer::address),
         du_stride: e as i64,
         ddelta_stride: e as i64,
         dz_stride,

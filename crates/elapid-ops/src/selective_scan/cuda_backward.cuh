@@ -20,6 +20,7 @@ struct BackwardArguments {
     Element* du;
     Element* ddelta;  // by delta before bias and softplus
     Element* dz;      // with z only
+    Element* y;       // the forward kernel's result once more, rows as du's; with z only, or null
     int64_t du_stride, ddelta_stride, dz_stride;
     float* dh0;    // [slots, E, STATES] or null
     float* da;     // [segments, E, STATES]
@@ -114,8 +115,8 @@ template <bool FAST> DEVICE void scan_backward(const BackwardArguments& args, co
     auto finish = [&](const PassRaw& raw, int tile, int pass) {
         int valid = stager.at(pass, tiles.steps(tile));
         if (valid == 0) return;
-        Raw<WIDTH> du, ddelta, dz;
-        float by_u[2], by_delta[2], by_z[2];
+        Raw<WIDTH> du, ddelta, dz, out;
+        float by_u[2], by_delta[2], by_z[2], outs[2];
         Values bias, skip, sum_bg, sum_ag, ys_own, by_d, by_bias;
         bias.load(biases);
         skip.load(skips);
@@ -132,6 +133,7 @@ template <bool FAST> DEVICE void scan_backward(const BackwardArguments& args, co
                 float z = raw.z[i], s = sigmoid(z), y = ys_own.at[i];
                 if (FAST || in.d) y += skip.at[i] * u;
                 by_z[k] = dy * y * silu_slope(z, s);
+                outs[k] = y * (z * s);
                 dy *= z * s;
             }
             by_u[k] = delta * sum_bg.at[i];
@@ -143,14 +145,20 @@ template <bool FAST> DEVICE void scan_backward(const BackwardArguments& args, co
                 constexpr int ODD = WIDTH == 1 ? 0 : 1;
                 du.put(i - ODD, by_u[0], by_u[ODD]);
                 ddelta.put(i - ODD, by_delta[0], by_delta[ODD]);
-                if (gated) dz.put(i - ODD, by_z[0], by_z[ODD]);
+                if (gated) {
+                    dz.put(i - ODD, by_z[0], by_z[ODD]);
+                    out.put(i - ODD, outs[0], outs[ODD]);
+                }
             }
         }
         store_sums(sums, by_d);
         store_sums(sums + THREADS * WIDTH, by_bias);
         dus.store(pass, du, valid);
         ddeltas.store(pass, ddelta, valid);
-        if (gated) dzs.store(pass, dz, valid);
+        if (gated) {
+            dzs.store(pass, dz, valid);
+            if (args.y) dus.store_beside(args.y - args.du, pass, out, valid);
+        }
     };
     auto gather = [&](int tile) {
         float* to = args.dmaps + (place.tile * args.tokens + segment.first + int64_t(tile) * STEPS) * (2 * STATES);

@@ -195,6 +195,10 @@ template <class T, bool FAST> struct Column {
     DEVICE void store(int pass, const Raw<WIDTH>& raw, int valid) const {
         store_some<WIDTH>(row(pass * ROWS), raw, valid, FAST || packed);
     }
+    // Into an array of equal rows that lies `distance` elements behind this one, both aligned alike.
+    DEVICE void store_beside(int64_t distance, int pass, const Raw<WIDTH>& raw, int valid) const {
+        store_some<WIDTH>(row(pass * ROWS) + distance, raw, valid, FAST || packed);
+    }
 };
 
 // Whether a block whose channels all exist can take the short way for an array.

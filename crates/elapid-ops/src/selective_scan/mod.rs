@@ -38,6 +38,7 @@ use elapid_tensor::autograd::{Backward, Saved, is_recording, record};
 use elapid_tensor::{Buffer, DType, Error, Result, RowView, Sequences, Tensor};
 
 use crate::gpu::by_rows;
+use crate::matmul::linear;
 
 const OP: &str = "selective_scan";
 
@@ -112,6 +113,37 @@ pub fn selective_scan(inputs: &Inputs<'_>, sequences: &Sequences) -> Result<(Ten
     });
     let state = outputs.swap_remove(1);
     Ok((outputs.swap_remove(0), state))
+}
+
+/// What [`selective_scan_linear`] returns.
+pub struct Projected {
+    /// `y Wᵀ + b`, `[T, D]`.
+    pub output: Tensor,
+    /// The scan's output, `[T, E]`, for onlookers: no gradient flows through it where it is not kept.
+    pub y: Tensor,
+    /// The state after the batch, `[slots, E, N]`.
+    pub state: Tensor,
+}
+
+/// [`selective_scan`] and [`linear`](crate::matmul::linear) of its output. On a GPU a gated scan's output is not kept for the gradient of the
+/// weight `[D, E]`: the scan's backward makes it again on its way.
+///
+/// # Errors
+/// Those of both.
+pub fn selective_scan_linear(
+    inputs: &Inputs<'_>,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    sequences: &Sequences,
+) -> Result<Projected> {
+    inputs.check(sequences)?;
+    if let Some(gpu) = inputs.u.gpu()
+        && on_gpu::makes_output_again(inputs)?
+    {
+        return on_gpu::projected(gpu, inputs, (weight, bias), sequences);
+    }
+    let (y, state) = selective_scan(inputs, sequences)?;
+    Ok(Projected { output: linear(&y, weight, bias)?, y, state })
 }
 
 impl<'a> Inputs<'a> {

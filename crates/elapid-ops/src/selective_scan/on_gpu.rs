@@ -6,8 +6,9 @@ use elapid_tensor::{Error, Result, Sequences, Shape, Tensor};
 
 use super::cuda::{self, Plan};
 use super::cuda_general::{self, Map};
-use super::{Inputs, OP, Values};
+use super::{Inputs, OP, Projected, Values};
 use crate::gpu::{GpuElement, by_rows, placed, rows, slice_of, whole, with_gpu_element};
+use crate::matmul::{linear_forward, linear_gradient_of_x, linear_gradients_of_parameters};
 
 /// What backward needs of forward.
 enum Chunks {
@@ -22,10 +23,88 @@ pub(super) fn selective_scan(
     tensors: &[&Tensor],
     sequences: &Sequences,
 ) -> Result<(Tensor, Tensor)> {
+    let (y, state, chunks) = forward(gpu, inputs, sequences, is_recording(tensors))?;
+    let mut outputs = record(OP, tensors, vec![y, state], || {
+        let saved = Values::new(inputs, |tensor| Ok(Saved::new(tensor)));
+        let (sequences, gpu) = (sequences.clone(), gpu.clone());
+        move |context: &mut Backward| {
+            let values = saved?.map(Saved::get)?;
+            let dy = context.take_grad(0);
+            let chunks = chunks.as_ref();
+            Ok(values.gradients_on_gpu(&gpu, context, &sequences, chunks, dy, false)?.0)
+        }
+    });
+    let state = outputs.swap_remove(1);
+    Ok((outputs.swap_remove(0), state))
+}
+
+/// Whether [`projected`] is there for a scan: its backward makes the output on its way.
+pub(super) fn makes_output_again(inputs: &Inputs<'_>) -> Result<bool> {
+    Ok(inputs.z.is_some() && !Values::new(inputs, |tensor| Ok(tensor.detach()))?.is_general())
+}
+
+/// [`super::selective_scan_linear`] where [`makes_output_again`].
+pub(super) fn projected(
+    gpu: &Gpu,
+    inputs: &Inputs<'_>,
+    (weight, bias): (&Tensor, Option<&Tensor>),
+    sequences: &Sequences,
+) -> Result<Projected> {
+    let named = inputs.named();
+    let scanned = named.len();
+    let mut tensors: Vec<&Tensor> = named.iter().map(|(_, tensor)| *tensor).collect();
+    tensors.push(weight);
+    tensors.extend(bias);
+    let (y, state, chunks) = forward(gpu, inputs, sequences, is_recording(&tensors))?;
+    let output = linear_forward(OP, &y, weight, bias)?;
+    let mut outputs = record(OP, &tensors, vec![output, state], || {
+        let saved = Values::new(inputs, |tensor| Ok(Saved::new(tensor)));
+        let (weight_type, weight) = (weight.dtype(), Saved::new(weight));
+        let bias = bias.map(|bias| (scanned + 1, bias.shape()));
+        let (sequences, gpu) = (sequences.clone(), gpu.clone());
+        move |context: &mut Backward| {
+            let values = saved?.map(Saved::get)?;
+            let grad = context.take_grad(0);
+            let dy = match &grad {
+                Some(grad) => {
+                    Some(linear_gradient_of_x(OP, grad, &weight.get()?, values.u.dtype())?)
+                }
+                None => None,
+            };
+            let wanted = grad.is_some() && context.needs(scanned);
+            let chunks = chunks.as_ref();
+            let (mut grads, y) =
+                values.gradients_on_gpu(&gpu, context, &sequences, chunks, dy, wanted)?;
+            let missing = || Error::Graph(format!("{OP}: the output was not made again"));
+            match grad {
+                Some(grad) => grads.extend(linear_gradients_of_parameters(
+                    context,
+                    &grad,
+                    || y.ok_or_else(missing),
+                    (scanned, weight_type),
+                    bias,
+                )?),
+                None => {
+                    grads.extend([None, None].into_iter().take(1 + usize::from(bias.is_some())))
+                }
+            }
+            Ok(grads)
+        }
+    });
+    let state = outputs.swap_remove(1);
+    Ok(Projected { output: outputs.swap_remove(0), y, state })
+}
+
+/// Output and state, and what backward needs if `save`.
+fn forward(
+    gpu: &Gpu,
+    inputs: &Inputs<'_>,
+    sequences: &Sequences,
+    save: bool,
+) -> Result<(Tensor, Tensor, Option<Chunks>)> {
     let values = Values::new(inputs, |tensor| Ok(tensor.detach()))?;
     let state_shape: Vec<usize> =
         std::iter::once(sequences.slots()).chain(inputs.a.shape().iter().copied()).collect();
-    let save = is_recording(tensors);
     let (y, state, chunks) = with_gpu_element!(OP, inputs.u, T => {
         if values.is_general() {
             values.general_on_gpu::<T, _>(gpu, sequences, |x| {
@@ -41,18 +120,7 @@ pub(super) fn selective_scan(
             })
         }
     })?;
-    let state = Tensor::from_device(state, &state_shape[..])?;
-    let mut outputs = record(OP, tensors, vec![y, state], || {
-        let saved = Values::new(inputs, |tensor| Ok(Saved::new(tensor)));
-        let (sequences, gpu) = (sequences.clone(), gpu.clone());
-        move |context: &mut Backward| {
-            let values = saved?.map(Saved::get)?;
-            let chunks = chunks.ok_or_else(|| Error::Graph(format!("{OP}: nothing was saved")))?;
-            values.gradients_on_gpu(&gpu, context, &sequences, &chunks)
-        }
-    });
-    let state = outputs.swap_remove(1);
-    Ok((outputs.swap_remove(0), state))
+    Ok((y, Tensor::from_device(state, &state_shape[..])?, chunks))
 }
 
 impl Values<Tensor> {
@@ -143,14 +211,18 @@ impl Values<Tensor> {
         })
     }
 
+    /// The gradients in the order of `Inputs::named`, and the output once more if `with_output`.
     fn gradients_on_gpu(
         &self,
         gpu: &Gpu,
         context: &mut Backward,
         sequences: &Sequences,
-        chunks: &Chunks,
-    ) -> Result<Vec<Option<Tensor>>> {
-        let dy = match context.take_grad(0) {
+        chunks: Option<&Chunks>,
+        dy: Option<Tensor>,
+        with_output: bool,
+    ) -> Result<(Vec<Option<Tensor>>, Option<Tensor>)> {
+        let chunks = chunks.ok_or_else(|| Error::Graph(format!("{OP}: nothing was saved")))?;
+        let dy = match dy {
             Some(dy) => by_rows(&dy)?,
             None => Tensor::zeros_on(self.u.device(), self.u.dtype(), self.u.shape())?,
         };
@@ -163,12 +235,16 @@ impl Values<Tensor> {
                         Some(z) => context.place(5 + usize::from(self.d.is_some()), z.dtype())?,
                         None => None,
                     };
-                    let grad = cuda::backward(gpu, x, chunks, rows(&dy)?, dlast, place.as_ref())?;
-                    self.in_order(grad.into(), place)
+                    let dy = rows(&dy)?;
+                    let mut grad =
+                        cuda::backward(gpu, x, chunks, dy, dlast, place.as_ref(), with_output)?;
+                    let y = grad.y.take();
+                    let y = y.map(|y| Tensor::from_device(y, self.u.shape())).transpose()?;
+                    Ok((self.in_order(grad.into(), place)?, y))
                 }),
                 Chunks::General(chunks) => self.general_on_gpu::<T, _>(gpu, sequences, |x| {
                     let grad = cuda_general::backward(gpu, x, chunks, rows(&dy)?, dlast)?;
-                    self.in_order(grad, None)
+                    Ok((self.in_order(grad, None)?, None))
                 }),
             }
         })

@@ -3,8 +3,8 @@
 //! An operation computes its outputs and hands them to [`record`] with its inputs and a closure that makes
 //! the backward function. The closure runs only if some input tracks gradients and recording is on, so an
 //! operation saves nothing in inference. What it saves it names: a [`Saved`] holds a tensor's values (never
-//! its graph, so saving an own output makes no cycle), or, for a tensor made under [`rematerialize`], the
-//! recipe that makes it again. A graph is used once: [`backward`] frees each node's saved tensors as soon as
+//! its graph, so saving an own output makes no cycle), or, for a tensor made under [`rematerialize`] or
+//! [`with_recipe`], the recipe that makes it again. A graph is used once: [`backward`] frees each node's saved tensors as soon as
 //! the node has run. Gradients are f32 (f64 for f64), whatever the type of the values.
 
 mod backward;
@@ -20,7 +20,7 @@ pub use backward::{Backward, accumulate, backward};
 pub use checkpoint::checkpoint;
 pub(crate) use joined::Joined;
 pub use joined::Place;
-pub use saved::{Saved, rematerialize};
+pub use saved::{Saved, rematerialize, with_recipe};
 
 use crate::{Result, Tensor};
 use saved::Recipe;

@@ -70,12 +70,21 @@ where
     F: Fn(&[Tensor]) -> Result<Vec<Tensor>> + Send + Sync + 'static,
 {
     let given: Vec<Tensor> = inputs.iter().map(|&tensor| tensor.clone()).collect();
-    let mut outputs = f(&given)?;
+    let outputs = f(&given)?;
+    Ok(with_recipe(outputs, inputs, f))
+}
+
+/// `outputs`, of which operations that save one for backward keep the recipe (`f` and `inputs`) in place of the
+/// values: for results that came out together with something that is kept anyway, and can be made of it.
+pub fn with_recipe<F>(mut outputs: Vec<Tensor>, inputs: &[&Tensor], f: F) -> Vec<Tensor>
+where
+    F: Fn(&[Tensor]) -> Result<Vec<Tensor>> + Send + Sync + 'static,
+{
     if !super::is_recording(inputs) {
-        return Ok(outputs);
+        return outputs;
     }
     let recipe = Arc::new(Recipe {
-        inputs: given.iter().map(Saved::new).collect(),
+        inputs: inputs.iter().map(|tensor| Saved::new(tensor)).collect(),
         remake: Box::new(f),
         made: Mutex::new(None),
     });
@@ -87,5 +96,5 @@ where
             }));
         }
     }
-    Ok(outputs)
+    outputs
 }

@@ -8,7 +8,7 @@ use super::super::cuda::{Cut, Inputs, Plan, backward, forward};
 use super::Case;
 use super::case::{Results, near, scattered};
 use crate::gpu::{GpuElement, Rows};
-use crate::testing::{from_element, gpus, to_element};
+use crate::testing::{close, from_element, gpus, to_element};
 
 /// Everything, by the kernels, with values of type T where the arguments are of that type.
 fn run<T: GpuElement>(gpu: &Gpu, case: &Case<f32>, cut: Cut) -> Results<f64> {
@@ -43,10 +43,15 @@ fn run<T: GpuElement>(gpu: &Gpu, case: &Case<f32>, cut: Cut) -> Results<f64> {
         Rows::new(&dy, e),
         dlast.as_ref().map(DeviceBuffer::slice),
         None,
+        z.is_some(),
     )
     .unwrap();
     let typed =
         |values: &elapid_tensor::cuda::DeviceBuffer<T>| from_element(&values.read().unwrap());
+    assert_eq!(grad.y.is_some(), z.is_some());
+    if let Some(again) = &grad.y {
+        close("y again", &typed(again), &typed(&y), tolerance::<T>());
+    }
     let plain =
         |values: &elapid_tensor::cuda::DeviceBuffer<f32>| from_element(&values.read().unwrap());
     Results {
@@ -66,6 +71,10 @@ fn run<T: GpuElement>(gpu: &Gpu, case: &Case<f32>, cut: Cut) -> Results<f64> {
     }
 }
 
+fn tolerance<T: GpuElement>() -> f64 {
+    if T::CUDA == "float" { 1e-5 } else { 1e-2 }
+}
+
 /// The case with its typed values rounded, so that only the arithmetic differs.
 fn rounded<T: GpuElement>(mut case: Case<f32>) -> Case<f32> {
     let round = |values: &mut Vec<f32>| {
@@ -77,13 +86,12 @@ fn rounded<T: GpuElement>(mut case: Case<f32>) -> Case<f32> {
 }
 
 fn check<T: GpuElement>(case: Case<f32>, cut: Cut) {
-    let tolerance = if T::CUDA == "float" { 1e-5 } else { 1e-2 };
     let case = rounded::<T>(case);
     let want = case.widen().run();
     for gpu in gpus() {
         let got = run::<T>(&gpu, &case, cut);
         for ((name, got), (_, want)) in got.named().iter().zip(want.named()) {
-            near(name, got, want, tolerance);
+            near(name, got, want, tolerance::<T>());
         }
     }
 }

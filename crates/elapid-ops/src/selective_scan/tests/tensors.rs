@@ -1,12 +1,14 @@
 //! The operation on tensors: views, autograd, errors.
 
 use elapid_tensor::autograd::backward;
-use elapid_tensor::{Sequences, Tensor};
+use elapid_tensor::{DType, Device, Sequences, Tensor};
 
-use super::super::{Inputs, selective_scan};
+use super::super::{Inputs, selective_scan, selective_scan_linear};
 use super::Case;
 use super::case::scattered;
-use crate::testing::{close_tensor, random_tensor};
+use crate::elementwise::neg_exp;
+use crate::matmul::linear;
+use crate::testing::{close_tensor, devices, random_tensor};
 
 #[test]
 fn gradients_flow_through_views_of_wider_tensors() {
@@ -72,6 +74,90 @@ fn gradients_flow_through_views_of_wider_tensors() {
     let rest = [&want.grad.delta, &want.grad.a, &want.grad.d, &want.grad.delta_bias, &want.grad.h0];
     for (grad, want) in grads[2..].iter().zip(rest) {
         close_tensor("gradient", grad, want, 2e-5);
+    }
+}
+
+#[test]
+fn a_projection_behind_the_scan_is_the_scan_and_a_projection() {
+    let (tokens, channels, states, width) = (21, 16, 4, 12);
+    let sequences = Sequences::fresh(&[8, 13]);
+    for device in devices() {
+        for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::BF16, 2e-2)] {
+            if dtype == DType::BF16 && device == Device::Cpu {
+                continue;
+            }
+            for (gate, with_bias) in [(true, false), (true, true), (false, true)] {
+                let leaf = |seed, shape: &[usize], dtype| {
+                    let tensor = random_tensor(seed, shape).to(device).unwrap();
+                    tensor.cast(dtype).unwrap().requires_grad()
+                };
+                let (u, delta) =
+                    (leaf(1, &[tokens, channels], dtype), leaf(2, &[tokens, channels], dtype));
+                let a = neg_exp(&leaf(3, &[channels, states], DType::F32))
+                    .unwrap()
+                    .detach()
+                    .requires_grad();
+                let (b, c) =
+                    (leaf(4, &[tokens, 1, states], dtype), leaf(5, &[tokens, 1, states], dtype));
+                let (d, z) =
+                    (leaf(6, &[channels], DType::F32), leaf(7, &[tokens, channels], dtype));
+                let (weight, bias) =
+                    (leaf(8, &[width, channels], DType::F32), leaf(9, &[width], DType::F32));
+                let inputs = Inputs {
+                    u: &u,
+                    delta: &delta,
+                    a: &a,
+                    b: &b,
+                    c: &c,
+                    d: Some(&d),
+                    z: gate.then_some(&z),
+                    delta_bias: None,
+                    delta_softplus: true,
+                    state: None,
+                };
+                let bias = with_bias.then_some(&bias);
+                let mut leaves = vec![&weight, &u, &delta, &a, &b, &c, &d];
+                leaves.extend(gate.then_some(&z));
+                leaves.extend(bias);
+                let grads = |output: &Tensor, state: &Tensor| {
+                    let dout =
+                        random_tensor(10, [tokens, width]).to(device).unwrap().cast(dtype).unwrap();
+                    let dstate = random_tensor(11, state.shape()).to(device).unwrap();
+                    backward(&[(output, Some(dout)), (state, Some(dstate))], &leaves).unwrap()
+                };
+                let found = selective_scan_linear(&inputs, &weight, bias, &sequences).unwrap();
+                let (y, state) = selective_scan(&inputs, &sequences).unwrap();
+                let output = linear(&y, &weight, bias).unwrap();
+                let pairs = [(&found.y, &y), (&found.output, &output), (&found.state, &state)];
+                for (got, want) in pairs {
+                    close_tensor("output", got, &want.to_f64_vec().unwrap(), 0.0);
+                }
+                let (got, want) = (grads(&found.output, &found.state), grads(&output, &state));
+                for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+                    let want = want.as_ref().unwrap().to_f64_vec().unwrap();
+                    // Only the weight's gradient is made of the output.
+                    let allowed = if i == 0 { tolerance } else { 0.0 };
+                    close_tensor(
+                        &format!("gradient {i} on {device}"),
+                        got.as_ref().unwrap(),
+                        &want,
+                        allowed,
+                    );
+                }
+                // The state alone.
+                let found = selective_scan_linear(&inputs, &weight, bias, &sequences).unwrap();
+                let grads = backward(&[(&found.state, Some(found.state.detach()))], &[&u, &weight])
+                    .unwrap();
+                assert!(grads[0].is_some());
+                assert!(
+                    grads[1].as_ref().is_none_or(|g| g
+                        .to_f64_vec()
+                        .unwrap()
+                        .iter()
+                        .all(|&v| v == 0.0))
+                );
+            }
+        }
     }
 }
 

@@ -145,7 +145,7 @@ fn scans(bench: &mut Bench, sequences: &Sequences, e: usize) -> Result<()> {
             return Ok(());
         };
         let dy = set.gradient_from(0);
-        Ok(scan::backward(&gpu, &set.from(0, &plan), chunks, dy, None, None).map(drop)?)
+        Ok(scan::backward(&gpu, &set.from(0, &plan), chunks, dy, None, None, false).map(drop)?)
     })?;
     drop((inputs, saved));
     Ok(gpu.trim()?)
@@ -212,7 +212,8 @@ fn norms(bench: &mut Bench, tokens: usize, width: usize) -> Result<()> {
     };
     let counted = "reads x (bf16) and residual (f32), writes y (bf16) and their sum (f32)";
     bench.measure(task("rms_norm forward", 12.0, counted), |call| {
-        Ok(norm::forward(&gpu, &norm, tokens, x(call), Some(residual(call))).map(drop)?)
+        let (x, residual) = (x(call), Some(residual(call)));
+        Ok(norm::forward::<bf16, bf16>(&gpu, &norm, tokens, x, residual).map(drop)?)
     })?;
     let counted =
         "reads the sum and its gradient (f32) and dy (bf16), writes the gradient (f32, bf16)";

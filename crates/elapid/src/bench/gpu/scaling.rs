@@ -129,7 +129,7 @@ fn point(
     let backward = bench.time(|call| {
         let Some(chunks) = &saved[call % sets] else { return Ok(()) };
         let (inputs, dy) = (inputs.from(first(call), &plan), inputs.gradient_from(first(call)));
-        Ok(scan::backward(gpu, &inputs, chunks, dy, None, None).map(drop)?)
+        Ok(scan::backward(gpu, &inputs, chunks, dy, None, None, false).map(drop)?)
     })?;
     let seconds = |times: &Times| median(&times.samples);
     let point = Point {
