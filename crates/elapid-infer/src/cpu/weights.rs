@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 use elapid_formats::{Bytes, ModelSource, StoredTensor};
 use elapid_models::{LanguageModel, MambaConfig, NormKind};
-use elapid_ops::blocks::{Encoding, dequantize, quantize_into};
+use elapid_ops::blocks::{Encoding, are_finite, dequantize, quantize_into};
 use elapid_ops::mamba_step::{Convolution, Normalization, Parameters, Scan};
 use elapid_ops::quantized_linear::Weight;
 use elapid_tensor::Tensor;
@@ -58,6 +58,9 @@ impl Matrix {
         let step = (PIECE / self.columns.max(1)).max(1);
         in_pieces(pool, self.rows, step, &|rows, values: &mut Vec<f32>| {
             for row in rows.clone() {
+                if are_finite(self.encoding, weight.row(row)) {
+                    continue;
+                }
                 values.resize(self.columns, 0.0);
                 dequantize(self.encoding, weight.row(row), values)?;
                 finite(&self.name, values, row * self.columns)?;

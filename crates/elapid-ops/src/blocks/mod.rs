@@ -230,6 +230,30 @@ pub fn dequantize(encoding: Encoding, bytes: &[u8], out: &mut [f32]) -> Result<(
     Ok(())
 }
 
+/// True if all values that `bytes`, whole blocks, stand for are finite: from their exponents and the blocks' scales
+/// alone, several times as fast as making the values.
+pub fn are_finite(encoding: Encoding, bytes: &[u8]) -> bool {
+    const HALF: u16 = 0x7c00;
+    /// Of whole runs of N bytes: whether the exponent at any of `at` is all ones.
+    fn any_full<const N: usize>(bytes: &[u8], at: &[usize], exponent: u16) -> bool {
+        let full = |run: &[u8; N], at: usize| {
+            u16::from_le_bytes([run[at], run[at + 1]]) & exponent == exponent
+        };
+        let (runs, _) = bytes.as_chunks::<N>();
+        // Without an early end, so that it becomes vector code.
+        runs.iter().fold(false, |any, run| at.iter().fold(any, |any, &at| any | full(run, at)))
+    }
+    !match encoding {
+        Encoding::F32 => any_full::<4>(bytes, &[2], 0x7f80),
+        Encoding::BF16 => any_full::<2>(bytes, &[0], 0x7f80),
+        Encoding::F16 => any_full::<2>(bytes, &[0], HALF),
+        Encoding::Q8_0 => any_full::<{ q8_0::BYTES }>(bytes, &[0], HALF),
+        Encoding::Q4_0 => any_full::<{ q4_0::BYTES }>(bytes, &[0], HALF),
+        Encoding::Q4_K => any_full::<{ q4_k::BYTES }>(bytes, &[0, 2], HALF),
+        Encoding::Q6_K => any_full::<{ q6_k::BYTES }>(bytes, &[q6_k::SCALE], HALF),
+    }
+}
+
 fn quantize_task(encoding: Encoding, x: &[f32], out: &mut [u8], first: usize) -> Result<()> {
     match encoding {
         Encoding::F32 => {

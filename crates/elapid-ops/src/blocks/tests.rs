@@ -239,6 +239,21 @@ proptest! {
     }
 
     #[test]
+    fn what_is_not_finite_is_found_without_its_values(bytes in proptest::collection::vec(any::<u8>(), 420), top in any::<bool>()) {
+        for encoding in Encoding::ALL {
+            let mut bytes = bytes[..2 * encoding.block_bytes()].to_vec();
+            let at = bytes.len() - if encoding == Encoding::Q6_K { 1 } else { encoding.block_bytes() - 1 };
+            if top && encoding != Encoding::F32 {
+                // The high byte of the second block's scale, or value.
+                bytes[at] = 0x7f;
+                bytes[at - 1] |= 0x80;
+            }
+            let finite = decoded(encoding, &bytes).iter().all(|value| value.is_finite());
+            prop_assert_eq!(are_finite(encoding, &bytes), finite, "{}", encoding);
+        }
+    }
+
+    #[test]
     fn every_block_has_a_meaning(bytes in proptest::collection::vec(any::<u8>(), 34 * 18 * 8 * 35)) {
         for encoding in BLOCKS {
             let whole = bytes.len() / encoding.block_bytes() * encoding.block_bytes();

@@ -34,7 +34,7 @@ pub struct TrainConfig {
     /// Let products of f32 on a GPU round their inputs to TF32: several times as fast, 10 bits instead of 23.
     pub tf32: bool,
     /// Make cheap activations again in backward instead of keeping them: less memory, a little more time, the same
-    /// results.
+    /// results but for the last bits on a GPU.
     pub recompute: bool,
     /// CPU threads; 0 takes all cores. The same seed and thread count give the same bits.
     pub threads: usize,
