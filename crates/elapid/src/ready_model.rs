@@ -33,7 +33,7 @@ pub struct ReadyModel {
 
 enum Engine {
     Cpu(Box<CpuEngine>),
-    Gpu { model: Box<LanguageModel>, weights: Option<decode_step::Encoding> },
+    Gpu { model: Box<LanguageModel>, weights: Option<decode_step::Encoding>, state: DType },
 }
 
 impl ReadyModel {
@@ -87,9 +87,17 @@ impl ReadyModel {
             let mut model = Box::new(source.load()?);
             placement.place(&mut model)?;
             let weights = weights.map(on_gpu).transpose().map_err(anyhow::Error::msg)?;
-            Engine::Gpu { model, weights }
+            Engine::Gpu { model, weights, state: DType::F32 }
         };
         Ok(Self { engine, source, folder })
+    }
+
+    /// The model with the recurrent state of its decode steps kept in a type: see [`check_state`].
+    pub fn with_state(mut self, dtype: DType) -> Self {
+        if let Engine::Gpu { state, .. } = &mut self.engine {
+            *state = dtype;
+        }
+        self
     }
 
     /// The model's shape.
@@ -107,7 +115,7 @@ impl ReadyModel {
         match &self.engine {
             Engine::Cpu(engine) => engine.encoding().to_string(),
             Engine::Gpu { weights: Some(weights), .. } => weights.to_string(),
-            Engine::Gpu { model, weights: None } => model.compute().to_string(),
+            Engine::Gpu { model, weights: None, .. } => model.compute().to_string(),
         }
     }
 
@@ -126,9 +134,9 @@ impl ReadyModel {
     pub fn with<R>(&mut self, run: impl FnOnce(&mut dyn Runner) -> Result<R>) -> Result<R> {
         match &mut self.engine {
             Engine::Cpu(engine) => run(&mut **engine),
-            Engine::Gpu { model, weights: None } => run(&mut ModelRunner::new(model)),
-            Engine::Gpu { model, weights: Some(weights) } => {
-                run(&mut GpuEngine::new(model, *weights)?)
+            Engine::Gpu { model, weights: None, .. } => run(&mut ModelRunner::new(model)),
+            Engine::Gpu { model, weights: Some(weights), state } => {
+                run(&mut GpuEngine::new(model, *weights)?.with_state(*state)?)
             }
         }
     }
@@ -167,6 +175,21 @@ fn check_weights(weights: Option<Encoding>, placement: &Placement) -> Result<()>
     if placement.dtype != DType::BF16 {
         let message = format!("--weights on {} needs --dtype bf16", placement.device);
         return Err(Usage::new(message).into());
+    }
+    Ok(())
+}
+
+/// Refuses a type of the recurrent state where no decode steps keep one.
+///
+/// # Errors
+/// If the device has no decode engine that keeps its state in a type.
+pub fn check_state(placement: &Placement) -> Result<(), Usage> {
+    if placement.device == Device::Cpu {
+        return Err(Usage::new("--state-dtype is for a GPU: add --device cuda --dtype bf16"));
+    }
+    if placement.dtype != DType::BF16 {
+        let message = format!("--state-dtype on {} needs --dtype bf16", placement.device);
+        return Err(Usage::new(message));
     }
     Ok(())
 }

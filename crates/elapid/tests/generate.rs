@@ -336,3 +336,20 @@ fn weights_of_few_bits_run_on_the_decode_engine() {
     let refused = program.run(&generate(&["--weights", "q3_0", "--prompt", "x"]));
     assert!(refused.err.contains("q3_0") && refused.err.contains("q8_0"), "{}", refused.err);
 }
+
+#[test]
+fn the_state_of_decode_steps_has_its_type_on_a_gpu_only() {
+    let program = Program::with_model();
+    let call = |more: &[&str]| {
+        let narrow = ["-n", "1", "--state-dtype", "bf16"];
+        program.run(&generate(&[&narrow[..], more].concat()))
+    };
+    call(&["--device", "cpu"]).fails(2, &["--state-dtype", "--device cuda"]);
+    let half = generate(&["-n", "1", "--state-dtype", "f16"]);
+    program.run(&half).fails(2, &["--state-dtype", "f16", "bf16"]);
+    if let Err(error) = elapid::tensor::cuda::Gpu::emulated() {
+        eprintln!("SKIPPED: the state's type on the emulated GPU: {error}");
+        return;
+    }
+    call(&["--device", "cuda:emulated"]).fails(2, &["--state-dtype", "--dtype bf16"]);
+}

@@ -23,7 +23,7 @@ use serde::Serialize;
 use crate::cli::{Global, JsonArgument, ModelArgument, WeightsArgument};
 use crate::exit::Usage;
 use crate::output::{grouped, print_json, rate};
-use crate::ready_model::ReadyModel;
+use crate::ready_model::{ReadyModel, check_state};
 use crate::text_of::TextOf;
 
 const EXAMPLES: &str = "\
@@ -95,6 +95,10 @@ pub struct Arguments {
     /// Save the state that has read the prompt and all that was generated
     #[arg(long, value_name = "FILE", help_heading = "State")]
     state_out: Option<PathBuf>,
+    /// How decode steps on a GPU keep the recurrent state: f32, or bf16, which halves its bytes and rounds it once a
+    /// token [default: f32]
+    #[arg(long, value_name = "TYPE", value_parser = crate::cli::dtype)]
+    state_dtype: Option<DType>,
     #[command(flatten)]
     weights: WeightsArgument,
     #[command(flatten)]
@@ -173,11 +177,15 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     elapid_infer::StopStrings::new(&options.stop).map_err(as_option)?;
 
     let placement = global.placement()?;
+    if arguments.state_dtype.is_some() {
+        check_state(&placement)?;
+    }
     // A GPU that computes in bf16 decodes on its engine.
     let on_gpu = placement.device != Device::Cpu && placement.dtype == DType::BF16;
     let weights = arguments.weights.weights.or(on_gpu.then_some(Encoding::BF16));
     let (path, tokenizer) = (&arguments.model.model, arguments.tokenizer.as_deref());
-    let (mut ready, text) = ReadyModel::open_with_text(path, &placement, weights, tokenizer)?;
+    let (ready, text) = ReadyModel::open_with_text(path, &placement, weights, tokenizer)?;
+    let mut ready = ready.with_state(arguments.state_dtype.unwrap_or(DType::F32));
     let place = Place { device: placement.device.to_string(), dtype: ready.dtype() };
     options.tokenizer = text.tokenizer.clone();
     if !arguments.ignore_eos {
