@@ -112,9 +112,7 @@ impl Steps {
 
     /// Launches the choice of the next tokens, which the next step reads.
     pub(super) fn choose(&self, choosing: &Sampling, columns: usize) -> Result<()> {
-        let logits = self.step.logits();
-        let classes = logits.len() / self.step.capacity();
-        Ok(choosing.run(logits, classes, &self.ids, &self.columns, columns)?)
+        Ok(choosing.run(&self.step, &self.ids, &self.columns, columns)?)
     }
 
     /// The state after steps that the card counted.

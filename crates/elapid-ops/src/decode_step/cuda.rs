@@ -1,25 +1,39 @@
 //! The launches of a decode step: what `rows.cu`, `project.cu` and `scan.cu` are given.
 
-use elapid_tensor::cuda::{
-    DeviceBuffer, Gpu, Kernel, KernelArguments, Launch, Module, Result, Source,
-};
+use elapid_tensor::cuda::{DeviceBuffer, Gpu, KernelArguments, Launch, Module, Result, Source};
 use elapid_tensor::{DType, bf16};
 
-use super::cut::{Cut, SHARES};
+use super::cut::{Cut, SHARES, Target};
 use super::{Encoding, LayerState, LayerWeights, NormWeights, OP, Packed, Sizes, Weights};
 use crate::gpu::wrong;
 
 const LAYOUT: (&str, &str) = ("decode_layout.cuh", include_str!("layout.cuh"));
+const GROUPS: (&str, &str) = ("decode_groups.cuh", include_str!("groups.cuh"));
 const PRODUCT: (&str, &str) = ("decode_product.cuh", include_str!("product.cuh"));
+pub(super) const RANKING: (&str, &str) = ("decode_ranking.cuh", include_str!("ranking.cuh"));
 static PROJECT: Source = Source {
     name: "decode_project",
     text: include_str!("project.cu"),
-    headers: &[LAYOUT, PRODUCT],
+    headers: &[LAYOUT, GROUPS, PRODUCT, RANKING],
 };
 static SCAN: Source =
-    Source { name: "decode_scan", text: include_str!("scan.cu"), headers: &[LAYOUT] };
+    Source { name: "decode_scan", text: include_str!("scan.cu"), headers: &[LAYOUT, GROUPS] };
+static MANY_SCAN: Source = Source {
+    name: "decode_scan_many",
+    text: include_str!("scan_many.cu"),
+    headers: &[LAYOUT, GROUPS],
+};
 static ROWS: Source =
-    Source { name: "decode_rows", text: include_str!("rows.cu"), headers: &[LAYOUT] };
+    Source { name: "decode_rows", text: include_str!("rows.cu"), headers: &[LAYOUT, GROUPS] };
+
+/// Fewest sequences whose recurrence is carried out by blocks of many.
+const SCAN_MANY: usize = 33;
+/// Of such a block: tiles of 16 channels, groups of 8 sequences, blocks on a multiprocessor, and bytes of states that a
+/// thread has under way.
+const SCAN_TILES: usize = 2;
+const SCAN_GROUPS: usize = 2;
+const SCAN_RESIDENT: usize = 5;
+const SCAN_UNDER_WAY: usize = 128;
 
 /// The kernels around the projections and those that pack weights.
 pub(super) fn rows_module(gpu: &Gpu, encoding: Encoding) -> Result<Module> {
@@ -66,6 +80,7 @@ struct RowsArguments {
     out: u64,
     rows: i64,
     stride: i64,
+    best: u64,
 }
 // SAFETY: the layout of `RowsArguments` in project.cu.
 unsafe impl KernelArguments for RowsArguments {}
@@ -175,6 +190,7 @@ fn address<T: bytemuck::Pod>(buffer: &Option<DeviceBuffer<T>>) -> u64 {
 #[derive(Debug)]
 pub struct Step {
     gpu: Gpu,
+    target: Target,
     sizes: Sizes,
     capacity: usize,
     residual: DeviceBuffer<f32>,
@@ -187,6 +203,7 @@ pub struct Step {
     selection: DeviceBuffer<f32>,
     y: DeviceBuffer<bf16>,
     logits: DeviceBuffer<f32>,
+    best: DeviceBuffer<u64>,
 }
 
 impl Step {
@@ -202,6 +219,7 @@ impl Step {
         };
         Ok(Self {
             gpu: gpu.clone(),
+            target: Target::of(gpu),
             sizes: *sizes,
             capacity,
             residual: gpu.zeros(capacity * width)?,
@@ -217,7 +235,15 @@ impl Step {
             selection: gpu.zeros(capacity * (rank + 2 * states))?,
             y: activations(inner)?,
             logits: gpu.zeros(capacity * classes)?,
+            best: gpu.zeros(capacity * classes.div_ceil(16))?,
         })
+    }
+
+    /// Multiplies as on a card whose tensor cores do not read shared memory.
+    #[cfg(test)]
+    pub(super) fn without_groups(mut self) -> Self {
+        self.target.grouped = false;
+        self
     }
 
     /// Most sequences of a step.
@@ -228,6 +254,16 @@ impl Step {
     /// Logits of the last step [columns, V].
     pub fn logits(&self) -> &DeviceBuffer<f32> {
         &self.logits
+    }
+
+    /// Logits of a column, V.
+    pub(super) fn classes(&self) -> usize {
+        self.sizes.classes
+    }
+
+    /// The highest rank of every 16 logits (`ranking.cuh`) [columns, V / 16].
+    pub(super) fn best(&self) -> &DeviceBuffer<u64> {
+        &self.best
     }
 
     /// Launches a step of `columns` sequences: reads a token id each, moves the states of their slots on, and leaves
@@ -272,8 +308,9 @@ impl Step {
             out: self.logits.address(),
             rows: head.rows() as i64,
             stride: head.rows() as i64,
+            best: self.best.address(),
         };
-        let cut = Cut::of(&self.gpu, head, columns);
+        let cut = Cut::of(self.target, head, columns);
         // SAFETY: the logits have room for the columns; the kernel waits for the one before.
         unsafe { self.project("decode_rows", head, columns, cut, &arguments)? };
         Ok(())
@@ -310,6 +347,7 @@ impl Step {
             out: self.selection.address(),
             rows: layer.selection.rows() as i64,
             stride: (rank + 2 * states) as i64,
+            best: 0,
         };
         let scan = ScanArguments {
             selection: self.selection.address(),
@@ -328,14 +366,14 @@ impl Step {
             groups: self.scan_groups(columns) as i64,
             eps: self.sizes.selection_eps.unwrap_or_default(),
         };
-        let input_cut = Cut::of(&self.gpu, &layer.input, columns);
-        let selection_cut = Cut::of_many_terms(&self.gpu, &layer.selection, columns);
+        let input_cut = Cut::of(self.target, &layer.input, columns);
+        let selection_cut = Cut::of_many_terms(self.target, &layer.selection, columns);
         // SAFETY: `check` compared the weights with the sizes that the buffers were made for; slots are the caller's
         // promise; all kernels wait for the one before.
         unsafe {
             self.project("decode_input", &layer.input, columns, input_cut, &input)?;
             self.project("decode_selection", &layer.selection, columns, selection_cut, &selection)?;
-            self.gpu.launch_chained(&self.scan_kernel()?, self.scan_launch(columns), &scan)?;
+            self.scan(columns, &scan)?;
             self.output(layer, next, columns)?;
         }
         Ok(())
@@ -353,7 +391,7 @@ impl Step {
     ) -> Result<()> {
         let product = self.product(&layer.output, &self.y, columns, false);
         let bias = address(&layer.output_bias);
-        let cut = Cut::of_parts(&self.gpu, &layer.output, columns);
+        let cut = Cut::of_parts(self.target, &layer.output, columns);
         if !cut.is_many() {
             let output = OutputArguments {
                 product,
@@ -391,13 +429,41 @@ impl Step {
         }
     }
 
-    fn scan_kernel(&self) -> Result<Kernel> {
+    /// # Safety
+    /// As [`Step::run`].
+    unsafe fn scan(&self, columns: usize, arguments: &ScanArguments) -> Result<()> {
         let (states, rank) = (self.sizes.states.to_string(), self.sizes.rank.to_string());
         let normed = if self.sizes.selection_eps.is_some() { "1" } else { "0" };
         let narrow = if self.sizes.state == DType::BF16 { "1" } else { "0" };
         let macros =
             [("STATES", &*states), ("RANK", &*rank), ("NORMED", normed), ("NARROW_STATE", narrow)];
-        self.gpu.module(&SCAN, &macros)?.kernel("decode_scan")
+        if columns >= SCAN_MANY && [4, 8, 16, 32].contains(&self.sizes.states) {
+            let own = [
+                ("CHANNEL_TILES", SCAN_TILES),
+                ("COLUMN_GROUPS", SCAN_GROUPS),
+                ("RESIDENT", SCAN_RESIDENT),
+                ("UNDER_WAY", SCAN_UNDER_WAY),
+                ("DELTA_WARPS", 4),
+            ]
+            .map(|(name, value)| (name, value.to_string()));
+            let own = own.iter().map(|(name, value)| (*name, value.as_str()));
+            let macros: Vec<(&str, &str)> = macros.into_iter().chain(own).collect();
+            let kernel = self.gpu.module(&MANY_SCAN, &macros)?.kernel("decode_scan_many")?;
+            let launch = Launch {
+                grid: [
+                    self.sizes.inner.div_ceil(16 * SCAN_TILES) as u32,
+                    columns.div_ceil(8 * SCAN_GROUPS) as u32,
+                    1,
+                ],
+                block: [(32 * SCAN_TILES * SCAN_GROUPS) as u32, 1, 1],
+                shared: 0,
+            };
+            // SAFETY: the caller's promise.
+            return unsafe { self.gpu.launch_chained(&kernel, launch, arguments) };
+        }
+        let kernel = self.gpu.module(&SCAN, &macros)?.kernel("decode_scan")?;
+        // SAFETY: the caller's promise.
+        unsafe { self.gpu.launch_chained(&kernel, self.scan_launch(columns), arguments) }
     }
 
     /// Groups of 8 sequences that a block of the scan goes through: as many as leave blocks for the whole card.

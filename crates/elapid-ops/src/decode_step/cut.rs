@@ -10,19 +10,34 @@ const MANY_SHARES: usize = 16;
 
 /// Most sequences of which each warp multiplies from registers.
 const FEW: usize = 32;
-/// Warps that share the columns of a block of many.
-const COLUMN_WARPS: usize = 2;
-/// STAGE_BLOCKS and RING_BYTES of product.cuh.
-const STAGE_BLOCKS: usize = 2;
+/// Bytes of the ring in shared memory: two blocks of kernels that follow one another have room, or one.
 const RING_BYTES: usize = 112 << 10;
+const LARGE_RING_BYTES: usize = 200 << 10;
+
+/// How many can multiply at once, and whether groups of four warps do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Target {
+    pub multiprocessors: usize,
+    pub grouped: bool,
+}
+
+impl Target {
+    pub(super) fn of(gpu: &Gpu) -> Self {
+        // The emulation does as the newest card.
+        let grouped = gpu.card().is_none_or(|card| card.capability() == (9, 0));
+        Self { multiprocessors: gpu.multiprocessors(), grouped }
+    }
+}
 
 /// Tiles of 16 rows and of 8 columns that a block owns, and who shares what of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Cut {
     row_tiles: usize,
     column_tiles: usize,
-    /// 0 where columns are few.
+    /// Warps that share the columns; 0 where columns are few.
     column_warps: usize,
+    /// Groups of four warps multiply.
+    grouped: bool,
     /// Blocks that share a sum.
     parts: usize,
     /// Runs of a sum.
@@ -40,29 +55,36 @@ impl Cut {
     }
 
     /// Of a matrix with rows for all multiprocessors.
-    pub(super) fn of(gpu: &Gpu, weights: &Packed, columns: usize) -> Self {
-        Self::choose(weights.tiles(), columns, gpu.multiprocessors(), &[1])
+    pub(super) fn of(target: Target, weights: &Packed, columns: usize) -> Self {
+        Self::choose(weights.tiles(), columns, target, &[1])
     }
 
     /// Of a matrix with few rows, whose sums blocks may share where columns are many.
-    pub(super) fn of_parts(gpu: &Gpu, weights: &Packed, columns: usize) -> Self {
-        Self::choose(weights.tiles(), columns, gpu.multiprocessors(), &[1, 2, 4, 8])
+    pub(super) fn of_parts(target: Target, weights: &Packed, columns: usize) -> Self {
+        Self::choose(weights.tiles(), columns, target, &[1, 2, 4, 8])
     }
 
     /// Of a matrix with few rows and many terms: more runs.
-    pub(super) fn of_many_terms(gpu: &Gpu, weights: &Packed, columns: usize) -> Self {
+    pub(super) fn of_many_terms(target: Target, weights: &Packed, columns: usize) -> Self {
         let column_tiles = columns.div_ceil(8);
-        let mut cut =
-            Self { row_tiles: 1, column_tiles: 1, column_warps: 0, parts: 1, shares: MANY_SHARES };
+        let mut cut = Self {
+            row_tiles: 1,
+            column_tiles: 1,
+            column_warps: 0,
+            grouped: false,
+            parts: 1,
+            shares: MANY_SHARES,
+        };
         while cut.column_tiles < 4
-            && weights.tiles() * column_tiles.div_ceil(cut.column_tiles) > gpu.multiprocessors()
+            && weights.tiles() * column_tiles.div_ceil(cut.column_tiles) > target.multiprocessors
         {
             cut.column_tiles *= 2;
         }
         cut
     }
 
-    fn choose(tiles: usize, columns: usize, multiprocessors: usize, parts: &[usize]) -> Self {
+    fn choose(tiles: usize, columns: usize, target: Target, parts: &[usize]) -> Self {
+        let Target { multiprocessors, grouped } = target;
         let column_tiles = columns.div_ceil(8);
         if !Self::has_many(columns) {
             // All blocks on the card at once; of more, such that two are on a multiprocessor.
@@ -74,31 +96,40 @@ impl Cut {
             };
             let column_tiles = column_tiles.next_power_of_two().min(4);
             let (column_warps, parts, shares) = (0, 1, SHARES);
-            return Self { row_tiles, column_tiles, column_warps, parts, shares };
+            return Self { row_tiles, column_tiles, column_warps, grouped: false, parts, shares };
+        }
+        let candidate = |row_tiles, column_tiles, parts| Self {
+            row_tiles,
+            column_tiles,
+            // Eight warps at least, where there is work for them.
+            column_warps: match (column_tiles, row_tiles) {
+                (4, _) => 1,
+                (8, 5..) if grouped => 1,
+                _ => 2,
+            },
+            grouped,
+            parts,
+            shares: SHARES,
+        };
+        // Of many turns, two blocks on a multiprocessor: one's beginning and end beside the other's products.
+        if grouped && tiles > 12 * multiprocessors && column_tiles >= 16 {
+            return candidate(4, 16, 1);
         }
         let all = parts.iter().flat_map(|&parts| {
             [16, 8, 4].into_iter().flat_map(move |column_tiles| {
                 // A block has at most 1,024 threads, and registers for two sums of each of a warp's columns.
                 let most = if column_tiles == 16 { 6 } else { 8 };
-                (1..=most).map(move |row_tiles| Self {
-                    row_tiles,
-                    column_tiles,
-                    column_warps: COLUMN_WARPS,
-                    parts,
-                    shares: SHARES,
-                })
+                (1..=most).map(move |row_tiles| candidate(row_tiles, column_tiles, parts))
             })
         });
         let fits = |cut: &Self| cut.column_tiles == 4 || cut.column_tiles < 2 * column_tiles;
         let time = |cut: &Self| cut.time(tiles, column_tiles, multiprocessors);
-        let first = Self {
-            row_tiles: 1,
-            column_tiles: 4,
-            column_warps: COLUMN_WARPS,
-            parts: 1,
-            shares: SHARES,
-        };
-        all.filter(fits).fold(first, |best, cut| if time(&cut) < time(&best) { cut } else { best })
+        all.filter(fits).fold(
+            candidate(1, 4, 1),
+            |best, cut| {
+                if time(&cut) < time(&best) { cut } else { best }
+            },
+        )
     }
 
     /// What the busiest multiprocessor reads, in arbitrary units: a tile of rows twice as much as one of columns.
@@ -111,13 +142,46 @@ impl Cut {
             * (16 * (2 * self.row_tiles + self.column_tiles) / self.parts + joining)
     }
 
-    pub(super) fn macros(&self, weights: &Packed) -> [(&'static str, String); 5] {
-        let share = if self.is_many() { 1 } else { weights.blocks().div_ceil(self.shares) };
+    /// Warps that share the rows of a block of many.
+    fn row_warps(&self) -> usize {
+        if self.grouped { self.row_tiles.next_multiple_of(4) } else { self.row_tiles }
+    }
+
+    /// Blocks of terms of a stage of the ring, and the ring's bytes: no run ends within a stage. Stages of four and five
+    /// need a larger ring and more registers, which blocks of 16 tiles of columns do not have.
+    fn ring(&self, weights: &Packed) -> (usize, usize) {
+        let blocks = weights.blocks();
+        let share = blocks.div_ceil(self.shares);
+        let bytes = self.row_tiles * weights.encoding().block_bytes() + 512 * self.column_tiles;
+        let stages = |some: usize| {
+            let ring = if some > 3 { LARGE_RING_BYTES } else { RING_BYTES };
+            (ring / (some * bytes)).min(8)
+        };
+        let fits = |&some: &usize| {
+            let able = some <= 3 || (self.grouped && self.column_tiles <= 8);
+            able && share.is_multiple_of(some) && blocks.is_multiple_of(some) && stages(some) >= 3
+        };
+        let some = (1..=5).rev().find(fits).unwrap_or(1);
+        (some, stages(some) * some * bytes)
+    }
+
+    fn factor_bytes(&self) -> usize {
+        (4 * 8 * self.column_tiles).next_multiple_of(128)
+    }
+
+    pub(super) fn macros(&self, weights: &Packed) -> [(&'static str, String); 8] {
+        let (share, (stage_blocks, ring)) = match self.is_many() {
+            true => (1, self.ring(weights)),
+            false => (weights.blocks().div_ceil(self.shares), (1, 0)),
+        };
         [
             ("SHARE", share.to_string()),
             ("ROW_TILES", self.row_tiles.to_string()),
             ("COLUMN_TILES", self.column_tiles.to_string()),
             ("COLUMN_WARPS", self.column_warps.to_string()),
+            ("GROUPED", usize::from(self.grouped).to_string()),
+            ("STAGE_BLOCKS", stage_blocks.to_string()),
+            ("RING_BYTES", ring.to_string()),
             ("PARTS", self.parts.to_string()),
         ]
     }
@@ -126,10 +190,9 @@ impl Cut {
         let (rows, width) = (16 * self.row_tiles, 8 * self.column_tiles);
         let sums = 4 * width * (rows + 4);
         let (threads, room) = if self.is_many() {
-            let stage = STAGE_BLOCKS
-                * (self.row_tiles * weights.encoding().block_bytes() + 512 * self.column_tiles);
-            let ring = (RING_BYTES / stage).min(8) * stage;
-            (32 * self.row_tiles * self.column_warps, ring.max(sums))
+            let (_, ring) = self.ring(weights);
+            let threads = 32 * self.row_warps() * self.column_warps;
+            (threads, ring.max(sums))
         } else {
             (32 * self.shares, self.shares * sums)
         };
@@ -140,19 +203,20 @@ impl Cut {
                 self.parts as u32,
             ],
             block: [threads as u32, 1, 1],
-            shared: (4 * width + room) as u32,
+            shared: (self.factor_bytes() + room) as u32,
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::Cut;
+    use super::{Cut, Target};
 
     #[test]
     fn blocks_fill_the_card_in_one_turn_where_they_can() {
+        let target = Target { multiprocessors: 132, grouped: true };
         let cut = |tiles, columns, parts: &[usize]| {
-            let cut = Cut::choose(tiles, columns, 132, parts);
+            let cut = Cut::choose(tiles, columns, target, parts);
             (cut.row_tiles, cut.column_tiles, cut.parts)
         };
         // in_proj of 130m, 1.4b, 2.8b.
@@ -163,6 +227,8 @@ mod tests {
         assert_eq!(cut(512, 128, &[1]), (4, 16, 1));
         assert_eq!(cut(192, 128, &[1]), (3, 8, 1));
         assert_eq!(cut(640, 64, &[1]), (5, 8, 1));
+        // The head.
+        assert_eq!(cut(3143, 128, &[1]), (4, 16, 1));
         // out_proj.
         assert_eq!(cut(160, 128, &[1, 2, 4, 8]), (5, 16, 4));
         assert_eq!(cut(160, 1, &[1, 2, 4, 8]), (1, 1, 1));

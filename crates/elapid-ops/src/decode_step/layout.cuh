@@ -2,15 +2,17 @@
 // tensor cores' 16 x 8 x 16 product, so that a warp's load is one run of whole sectors.
 //
 // Weights [rows, K] are cut into tiles of 16 rows and blocks of 32 columns, zeros filling up; the blocks of a tile follow one
-// another. With g = lane / 4 and t = lane % 4, the k-th number of a lane within a block belongs to column 8 t + k, so that
-// an activation's fragments of both products of a block are 16 neighbouring bytes.
+// another. With g = lane / 4 and t = lane % 4, a lane's numbers within a block belong to columns 8 t to 8 t + 7.
 //   bf16: for each half s of a block and each lane 8 numbers: rows g, g + 8, g, g + 8, columns 8 t + 4 s + {0, 1, 0, 1 and 2,
 //         3, 2, 3} in pairs.
 //   q8:   for each lane 16 int8: rows g, g + 8, g, g + 8, columns 8 t + {0..3, 0..3, 4..7, 4..7}; then for each g the scales
 //         of rows g and g + 8 in half precision: 544 bytes a block.
-// Activations [columns, K] in bf16: tiles of 8 columns, blocks of 32, a lane's 8 numbers: column g, 8 t + {0..7}.
+// Activations [columns, K] in bf16: tiles of 8 columns, blocks of 32, of which each has four matrices (first those of half
+// s = 0) of 8 columns by 8 terms, column by column: terms 8 t + 4 s + 2 h + {0, 1} of t = 0 to 3. So a matrix is 128
+// neighbouring bytes in which a lane finds its word at its own place, and which the tensor cores read from shared memory.
 #pragma once
 #include "prelude.cuh"
+#include "decode_groups.cuh"
 
 constexpr int TILE_ROWS = 16;
 constexpr int TILE_COLUMNS = 8;
@@ -38,9 +40,20 @@ DEVICE int64_t scale_place(int64_t row, int64_t term, int64_t blocks) {
 
 // Element of activations: `blocks` of 32 terms.
 DEVICE int64_t activation_place(int64_t column, int64_t term, int64_t blocks) {
-    int64_t block = column / TILE_COLUMNS * blocks + term / BLOCK_TERMS;
-    int k = int(term % BLOCK_TERMS);
-    return (block * WARP + column % TILE_COLUMNS * 4 + k / 8) * 8 + k % 8;
+    uint32_t c = uint32_t(column), k = uint32_t(term);
+    uint32_t block = c / TILE_COLUMNS * uint32_t(blocks) + k / BLOCK_TERMS;
+    return int64_t(block) * 256 + ((k % 8 / 2 * TILE_COLUMNS + c % TILE_COLUMNS) * 8 + k % BLOCK_TERMS / 8 * 2 + k % 2);
+}
+// Bytes of a block of a tile of columns, and of one of its matrices.
+constexpr int COLUMN_BLOCK = 512;
+constexpr int MATRIX = 128;
+
+// A lane's words of a block that an earlier kernel wrote, of both products, in order.
+DEVICE Pack<uint32_t, 4> load_columns(const uint8_t* block) {
+    Pack<uint32_t, 4> words;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words.at[i] = load_fresh(reinterpret_cast<const uint32_t*>(block + i * MATRIX) + lane_id());
+    return words;
 }
 
 // What is left of RMSNorm when its weight was multiplied in: from a sum of squares of `width` numbers.
@@ -65,6 +78,21 @@ struct Narrow {
         for (int s = 0; s < 2; ++s)
 #pragma unroll
             for (int i = 0; i < COUNT; ++i) multiply_tile(sums[i], words[s].at, x[i].at[2 * s], x[i].at[2 * s + 1]);
+    }
+    // The same of some blocks with COUNT tiles of columns in shared memory, by a group of four warps that have other rows and
+    // the same columns: block k's tiles stand from `columns + k * COLUMN_BLOCK` on, STRIDE bytes apart. `during` runs when
+    // the tensor cores have begun.
+    template <int STRIDE, int BLOCKS, int COUNT, class During>
+    static DEVICE void multiply_shared(float (&sums)[COUNT][4], const Narrow (&blocks)[BLOCKS], const uint8_t* columns, During during) {
+        start_group(sums);
+#pragma unroll
+        for (int k = 0; k < BLOCKS; ++k)
+#pragma unroll
+            for (int s = 0; s < 2; ++s)
+                multiply_group<MATRIX, STRIDE>(sums, blocks[k].words[s].at, columns + k * COLUMN_BLOCK + 2 * s * MATRIX);
+        begin_group();
+        during();
+        end_group(sums);
     }
 };
 
@@ -97,8 +125,7 @@ struct Quantised {
         words = load_pack<uint32_t, 4>(reinterpret_cast<const uint32_t*>(block + lane_id() * 16));
         scales = *reinterpret_cast<const uint32_t*>(block + 512 + lane_id() / 4 * 4);
     }
-    template <int COUNT> DEVICE void multiply(float (&sums)[COUNT][4], const Pack<uint32_t, 4> (&x)[COUNT]) const {
-        uint32_t a[2][4];
+    DEVICE void widen(uint32_t (&a)[2][4]) const {
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
             a[s][0] = widen_bytes<0>(words.at[2 * s]);
@@ -106,16 +133,44 @@ struct Quantised {
             a[s][2] = widen_bytes<2>(words.at[2 * s]);
             a[s][3] = widen_bytes<2>(words.at[2 * s + 1]);
         }
+    }
+    // sums += the scales times a block's sums.
+    DEVICE void scale(float (&sums)[4], const float (&block)[4]) const {
         float upper = half_to_float(uint16_t(scales)), lower = half_to_float(uint16_t(scales >> 16));
+        sums[0] = fmaf(upper, block[0], sums[0]);
+        sums[1] = fmaf(upper, block[1], sums[1]);
+        sums[2] = fmaf(lower, block[2], sums[2]);
+        sums[3] = fmaf(lower, block[3], sums[3]);
+    }
+    template <int COUNT> DEVICE void multiply(float (&sums)[COUNT][4], const Pack<uint32_t, 4> (&x)[COUNT]) const {
+        uint32_t a[2][4];
+        widen(a);
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
             float block[4] = {0.0f, 0.0f, 0.0f, 0.0f};
             multiply_tile(block, a[0], x[i].at[0], x[i].at[1]);
             multiply_tile(block, a[1], x[i].at[2], x[i].at[3]);
-            sums[i][0] = fmaf(upper, block[0], sums[i][0]);
-            sums[i][1] = fmaf(upper, block[1], sums[i][1]);
-            sums[i][2] = fmaf(lower, block[2], sums[i][2]);
-            sums[i][3] = fmaf(lower, block[3], sums[i][3]);
+            scale(sums[i], block);
+        }
+    }
+    template <int STRIDE, int BLOCKS, int COUNT, class During>
+    static DEVICE void multiply_shared(float (&sums)[COUNT][4], const Quantised (&blocks)[BLOCKS], const uint8_t* columns, During during) {
+#pragma unroll
+        for (int k = 0; k < BLOCKS; ++k) {
+            uint32_t a[2][4];
+            blocks[k].widen(a);
+            float block[COUNT][4];
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) block[i][0] = block[i][1] = block[i][2] = block[i][3] = 0.0f;
+            start_group(block);
+#pragma unroll
+            for (int s = 0; s < 2; ++s)
+                multiply_group<MATRIX, STRIDE>(block, a[s], columns + k * COLUMN_BLOCK + 2 * s * MATRIX);
+            begin_group();
+            if (k == 0) during();
+            end_group(block);
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) blocks[k].scale(sums[i], block[i]);
         }
     }
 };

@@ -8,7 +8,8 @@
 //   Many columns (COLUMN_WARPS > 0): the activations, which every block reads again, are what moves most, so blocks are
 //   large. A warp owns a tile of rows and a part of the columns and goes through all runs; weights and activations come
 //   through a ring of stages in shared memory, each byte once a block. As both lie in memory in the order of the tensor
-//   cores' fragments, a stage is copied as it is and read without bank conflicts.
+//   cores' fragments, a stage is copied as it is and read without bank conflicts. Where tensor cores read shared memory
+//   themselves (GROUPED), four warps of a group take the same columns, which are then read once for 64 rows.
 #pragma once
 #include "prelude.cuh"
 #include "decode_layout.cuh"
@@ -27,7 +28,13 @@ constexpr int STRIDE = ROWS + 4;
 constexpr int SHARES = 8;
 constexpr int MANY_SHARES = 16;
 constexpr bool WIDE = COLUMN_WARPS > 0;
-constexpr int WIDE_THREADS = ROW_TILES * COLUMN_WARPS * WARP;
+// Warps that share the rows of a block of many: in whole groups where groups of four multiply.
+constexpr int ROW_WARPS = GROUPED ? (ROW_TILES + 3) / 4 * 4 : ROW_TILES;
+constexpr int WIDE_THREADS = ROW_WARPS * COLUMN_WARPS * WARP;
+// Of the columns' factors in shared memory.
+constexpr int FACTOR_BYTES = (COLUMNS * 4 + 127) / 128 * 128;
+DEVICE float* sums_of(float* room) { return room + FACTOR_BYTES / 4; }
+DEVICE const float* sums_of(const float* room) { return room + FACTOR_BYTES / 4; }
 // Blocks of terms under way to a warp's registers: no more than a run has (SHARE), so that the next kernels find room.
 constexpr int MOST_AHEAD = ROW_TILES == 1 ? (COLUMN_TILES == 1 ? 6 : COLUMN_TILES == 2 ? 4 : 3) : ROW_TILES == 2 ? 3 : 2;
 constexpr int AHEAD = SHARE < MOST_AHEAD ? SHARE : MOST_AHEAD;
@@ -35,7 +42,7 @@ constexpr int AHEAD = SHARE < MOST_AHEAD ? SHARE : MOST_AHEAD;
 // W x, and the factors of columns.
 struct Product {
     const uint8_t* weights;
-    const bf16* x;
+    const uint8_t* x;        // activations
     int64_t row_tiles;       // of the weights
     int64_t first_tiles;     // of two parts of as many tiles, which blocks take in turn: tiles of one; or 0
     int64_t blocks;          // of 32 terms
@@ -54,7 +61,7 @@ DEVICE int64_t tile_at(const Product& product, int64_t place) {
 
 // For each of the block's columns 1 / sqrt(mean square + eps); 1 without squares.
 template <int WARPS> DEVICE void column_factors(const Product& product, int64_t column0, float* factors) {
-    if (!product.squares || product.factors) {
+    if (WIDE || !product.squares || product.factors) {
         for (int column = threadIdx.x; column < COLUMNS; column += WARPS * WARP)
             factors[column] = product.factors && column0 + column < product.columns ? load_fresh(product.factors + column0 + column) : 1.0f;
         return;
@@ -113,10 +120,10 @@ template <int SPLIT, class Before> DEVICE void multiply_few(const Product& produ
     for (int m = 0; m < ROW_TILES; ++m)
         weights[m] = product.weights
             + (tile_at(product, least(place0 + m, product.row_tiles - 1)) * product.blocks + first) * Weights::BYTES;
-    const bf16* x[COLUMN_TILES];
+    const uint8_t* x[COLUMN_TILES];
 #pragma unroll
     for (int n = 0; n < COLUMN_TILES; ++n)
-        x[n] = product.x + ((least(column_tile0 + n, column_tiles - 1) * product.blocks + first) * WARP + lane_id()) * 8;
+        x[n] = product.x + (least(column_tile0 + n, column_tiles - 1) * product.blocks + first) * COLUMN_BLOCK;
 
     Weights a[AHEAD][ROW_TILES];
     Pack<uint32_t, 4> b[AHEAD][COLUMN_TILES];
@@ -133,7 +140,7 @@ template <int SPLIT, class Before> DEVICE void multiply_few(const Product& produ
     for (int j = 0; j < AHEAD; ++j)
         if (j < steps) {
 #pragma unroll
-            for (int n = 0; n < COLUMN_TILES; ++n) b[j][n] = load_fresh_words(x[n] + j * (WARP * 8));
+            for (int n = 0; n < COLUMN_TILES; ++n) b[j][n] = load_columns(x[n] + j * COLUMN_BLOCK);
         }
     column_factors<SPLIT>(product, column_tile0 * TILE_COLUMNS, room);
 
@@ -156,11 +163,11 @@ template <int SPLIT, class Before> DEVICE void multiply_few(const Product& produ
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) a[j][m].load(weights[m] + int64_t(next) * Weights::BYTES);
 #pragma unroll
-                for (int n = 0; n < COLUMN_TILES; ++n) b[j][n] = load_fresh_words(x[n] + int64_t(next) * (WARP * 8));
+                for (int n = 0; n < COLUMN_TILES; ++n) b[j][n] = load_columns(x[n] + int64_t(next) * COLUMN_BLOCK);
             }
         }
     }
-    float* own = room + COLUMNS + warp_id() * (COLUMNS * STRIDE);
+    float* own = sums_of(room) + warp_id() * (COLUMNS * STRIDE);
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) put_sums(own, m, 0, sums[m]);
     __syncthreads();
@@ -168,32 +175,34 @@ template <int SPLIT, class Before> DEVICE void multiply_few(const Product& produ
 
 #if COLUMN_WARPS > 0
 
-// Blocks of terms of a stage, and stages of the ring.
-constexpr int STAGE_BLOCKS = 2;
+// Stages of the ring, of STAGE_BLOCKS blocks of terms each: a number that the runs and the sum are multiples of.
 constexpr int STAGE_WEIGHTS = ROW_TILES * STAGE_BLOCKS * Weights::BYTES;
-constexpr int STAGE_BYTES = STAGE_WEIGHTS + COLUMN_TILES * STAGE_BLOCKS * 512;
-constexpr int RING_BYTES = 112 << 10;
+constexpr int STAGE_BYTES = STAGE_WEIGHTS + COLUMN_TILES * STAGE_BLOCKS * COLUMN_BLOCK;
 constexpr int STAGES = RING_BYTES / STAGE_BYTES < 8 ? RING_BYTES / STAGE_BYTES : 8;
 static_assert(STAGES >= 3, "a ring of three stages");
+// Tiles of columns of a warp.
+constexpr int OWN = COLUMN_TILES / COLUMN_WARPS;
+
+// Of a warp: its tile of rows, which may be behind the block's last, and its first tile of columns.
+DEVICE int own_row_tile() { return warp_id() % ROW_WARPS; }
+DEVICE int own_column_tile() { return warp_id() / ROW_WARPS * OWN; }
 
 // Of the runs [first_share, end_share): `end_of_share(share, sums)` is called with the sums of each, which it may change
 // to those that the next one starts from.
 template <class Before, class End>
 DEVICE void multiply_many(const Product& product, float* room, int first_share, int end_share, Before before, End end_of_share) {
-    constexpr int OWN = COLUMN_TILES / COLUMN_WARPS;
-    uint8_t* ring = reinterpret_cast<uint8_t*>(room + COLUMNS);
+    uint8_t* ring = reinterpret_cast<uint8_t*>(room) + FACTOR_BYTES;
     int64_t place0 = int64_t(blockIdx.x) * ROW_TILES, column_tile0 = int64_t(blockIdx.y) * COLUMN_TILES;
     int64_t share = ceil_div(product.blocks, SHARES);
     int64_t first = least<int64_t>(first_share * share, product.blocks);
-    int count = int(least<int64_t>(end_share * share, product.blocks) - first);
-    int steps = (count + STAGE_BLOCKS - 1) / STAGE_BLOCKS;
+    int steps = int(least<int64_t>(end_share * share, product.blocks) - first) / STAGE_BLOCKS;
     int64_t column_tiles = ceil_div(product.columns, TILE_COLUMNS);
     int thread = threadIdx.x;
 
     // Chunks of 16 bytes: those of a tile's blocks follow one another, in memory and in the stage, and a thread's have the
     // same places in every stage. Tiles behind the last are the last one again; their sums are not used.
     constexpr int TILE = STAGE_BLOCKS * Weights::BYTES / 16, CHUNKS = ROW_TILES * TILE;
-    constexpr int COLUMN_TILE = STAGE_BLOCKS * WARP, COLUMN_CHUNKS = COLUMN_TILES * COLUMN_TILE;
+    constexpr int COLUMN_TILE = STAGE_BLOCKS * COLUMN_BLOCK / 16, COLUMN_CHUNKS = COLUMN_TILES * COLUMN_TILE;
     const uint8_t* weights[(CHUNKS + WIDE_THREADS - 1) / WIDE_THREADS];
     const uint8_t* columns[(COLUMN_CHUNKS + WIDE_THREADS - 1) / WIDE_THREADS];
 #pragma unroll
@@ -206,30 +215,21 @@ DEVICE void multiply_many(const Product& product, float* room, int first_share, 
     for (int base = 0; base < COLUMN_CHUNKS; base += WIDE_THREADS) {
         int index = base + thread;
         int64_t tile = least(column_tile0 + index / COLUMN_TILE, column_tiles - 1);
-        columns[base / WIDE_THREADS] =
-            reinterpret_cast<const uint8_t*>(product.x) + (tile * product.blocks + first) * 512 + index % COLUMN_TILE * 16;
+        columns[base / WIDE_THREADS] = product.x + (tile * product.blocks + first) * COLUMN_BLOCK + index % COLUMN_TILE * 16;
     }
     auto copy_weights = [&](int step, int stage) {
         uint8_t* to = ring + stage * STAGE_BYTES + thread * 16;
-        int blocks = count - step * STAGE_BLOCKS;
 #pragma unroll
-        for (int base = 0; base < CHUNKS; base += WIDE_THREADS) {
-            int index = base + thread;
-            if (base + WIDE_THREADS > CHUNKS && index >= CHUNKS) continue;
-            if (blocks < STAGE_BLOCKS && index % TILE >= blocks * (Weights::BYTES / 16)) continue;
-            copy_async(to + base * 16, weights[base / WIDE_THREADS] + int64_t(step) * (STAGE_BLOCKS * Weights::BYTES));
-        }
+        for (int base = 0; base < CHUNKS; base += WIDE_THREADS)
+            if (base + WIDE_THREADS <= CHUNKS || base + thread < CHUNKS)
+                copy_async(to + base * 16, weights[base / WIDE_THREADS] + int64_t(step) * (STAGE_BLOCKS * Weights::BYTES));
     };
     auto copy_columns = [&](int step, int stage) {
         uint8_t* to = ring + stage * STAGE_BYTES + STAGE_WEIGHTS + thread * 16;
-        int blocks = count - step * STAGE_BLOCKS;
 #pragma unroll
-        for (int base = 0; base < COLUMN_CHUNKS; base += WIDE_THREADS) {
-            int index = base + thread;
-            if (base + WIDE_THREADS > COLUMN_CHUNKS && index >= COLUMN_CHUNKS) continue;
-            if (blocks < STAGE_BLOCKS && index % COLUMN_TILE >= blocks * WARP) continue;
-            copy_async(to + base * 16, columns[base / WIDE_THREADS] + int64_t(step) * (STAGE_BLOCKS * 512));
-        }
+        for (int base = 0; base < COLUMN_CHUNKS; base += WIDE_THREADS)
+            if (base + WIDE_THREADS <= COLUMN_CHUNKS || base + thread < COLUMN_CHUNKS)
+                copy_async(to + base * 16, columns[base / WIDE_THREADS] + int64_t(step) * (STAGE_BLOCKS * COLUMN_BLOCK));
     };
     for (int step = 0; step < STAGES - 1 && step < steps; ++step) copy_weights(step, step);
     let_next_start();
@@ -239,45 +239,55 @@ DEVICE void multiply_many(const Product& product, float* room, int first_share, 
         if (step < steps) copy_columns(step, step);
         commit_copies();
     }
-    column_factors<ROW_TILES * COLUMN_WARPS>(product, column_tile0 * TILE_COLUMNS, room);
+    column_factors<ROW_WARPS * COLUMN_WARPS>(product, column_tile0 * TILE_COLUMNS, room);
 
-    int row_tile = warp_id() % ROW_TILES, column_tile = warp_id() / ROW_TILES * OWN;
+    // Warps without rows multiply the last ones once more.
+    int row_tile = least(own_row_tile(), ROW_TILES - 1);
     float sums[OWN][4];
 #pragma unroll
     for (int n = 0; n < OWN; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[n][i] = 0.0f;
-    int in_share = 0, at_share = first_share;
+    int in_share = 0, share_steps = int(share) / STAGE_BLOCKS, at_share = first_share;
     // The stage of the step, and the one before it, which is filled anew.
     int at_stage = 0, next_stage = STAGES - 1;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
         wait_copies<STAGES - 2>();
+#if GROUPED
+        show_to_tensor_cores();
+#endif
         __syncthreads();
-        if (step + STAGES - 1 < steps) {
-            copy_weights(step + STAGES - 1, next_stage);
-            copy_columns(step + STAGES - 1, next_stage);
-        }
-        commit_copies();
         const uint8_t* stage = ring + at_stage * STAGE_BYTES;
-        next_stage = at_stage;
-        at_stage = at_stage + 1 == STAGES ? 0 : at_stage + 1;
+        const uint8_t* stage_columns = stage + STAGE_WEIGHTS + own_column_tile() * (STAGE_BLOCKS * COLUMN_BLOCK);
+        auto fill = [&]() {
+            if (step + STAGES - 1 < steps) {
+                copy_weights(step + STAGES - 1, next_stage);
+                copy_columns(step + STAGES - 1, next_stage);
+            }
+            commit_copies();
+            next_stage = at_stage;
+            at_stage = at_stage + 1 == STAGES ? 0 : at_stage + 1;
+        };
+        Weights a[STAGE_BLOCKS];
+#pragma unroll
+        for (int k = 0; k < STAGE_BLOCKS; ++k) a[k].load_shared(stage + (row_tile * STAGE_BLOCKS + k) * Weights::BYTES);
+#if GROUPED
+        // The copies start while the tensor cores are at work.
+        Weights::multiply_shared<STAGE_BLOCKS * COLUMN_BLOCK>(sums, a, stage_columns, fill);
+#else
+        fill();
 #pragma unroll
         for (int k = 0; k < STAGE_BLOCKS; ++k) {
-            if (step * STAGE_BLOCKS + k < count) {
-                Weights a;
-                a.load_shared(stage + (row_tile * STAGE_BLOCKS + k) * Weights::BYTES);
-                Pack<uint32_t, 4> b[OWN];
+            Pack<uint32_t, 4> b[OWN];
 #pragma unroll
-                for (int n = 0; n < OWN; ++n)
-                    b[n] = load_pack<uint32_t, 4>(reinterpret_cast<const uint32_t*>(
-                        stage + STAGE_WEIGHTS + (((column_tile + n) * STAGE_BLOCKS + k) * WARP + lane_id()) * 16));
-                a.multiply(sums, b);
-                if (++in_share == share || step * STAGE_BLOCKS + k + 1 == count) {
-                    end_of_share(at_share++, sums);
-                    in_share = 0;
-                }
-            }
+            for (int n = 0; n < OWN; ++n) b[n] = load_matrices(stage_columns + (n * STAGE_BLOCKS + k) * COLUMN_BLOCK);
+            a[k].multiply(sums, b);
+        }
+#endif
+        if (++in_share == share_steps || step + 1 == steps) {
+            end_of_share(at_share++, sums);
+            in_share = 0;
         }
     }
     // The ring is free for what comes.
@@ -286,7 +296,6 @@ DEVICE void multiply_many(const Product& product, float* room, int first_share, 
 }
 
 template <class Before> DEVICE void multiply_whole(const Product& product, float* room, Before before) {
-    constexpr int OWN = COLUMN_TILES / COLUMN_WARPS;
     float totals[OWN][4];
 #pragma unroll
     for (int n = 0; n < OWN; ++n)
@@ -301,7 +310,7 @@ template <class Before> DEVICE void multiply_whole(const Product& product, float
                 sums[n][i] = 0.0f;
             }
     });
-    put_sums(room + COLUMNS, warp_id() % ROW_TILES, warp_id() / ROW_TILES * OWN, totals);
+    if (own_row_tile() < ROW_TILES) put_sums(sums_of(room), own_row_tile(), own_column_tile(), totals);
     __syncthreads();
 }
 
@@ -325,7 +334,7 @@ template <int SPLIT, class Before> DEVICE void multiply(const Product& product, 
 
 // The result's element of a row and column of the block.
 template <int SPLIT> DEVICE float total(const float* room, int row, int column) {
-    const float* from = room + COLUMNS + column * STRIDE + row;
+    const float* from = sums_of(room) + column * STRIDE + row;
     float sum = from[0];
     if (!WIDE) {
 #pragma unroll

@@ -1,10 +1,12 @@
 // The projections of a decode step, with what stands around them. The norm is folded in: its weight was multiplied into x
 // when x was written, and what is left, the factor of a whole column, multiplies the sums.
 //
-// Macros: QUANTISED (0: bf16, 1: int8 with scales), ROW_TILES, COLUMN_TILES, COLUMN_WARPS (0: few columns), PARTS (blocks
-// that share a sum), SHARE (blocks of terms of a run, where columns are few), TAPS of the convolution.
+// Macros: QUANTISED (0: bf16, 1: int8 with scales), ROW_TILES, COLUMN_TILES, COLUMN_WARPS (0: few columns), GROUPED (1: groups
+// of four warps multiply), STAGE_BLOCKS, RING_BYTES, PARTS (blocks that share a sum), SHARE (blocks of terms of a run, where
+// columns are few), TAPS of the convolution.
 #include "prelude.cuh"
 #include "decode_product.cuh"
+#include "decode_ranking.cuh"
 
 // ---- x and z ------------------------------------------------------------------------------------------------
 
@@ -26,28 +28,39 @@ constexpr int FEW_COLUMNS_BLOCKS = COLUMN_WARPS == 0 && ROW_TILES * COLUMN_TILES
 
 KERNEL(decode_input, InputArguments, Block<SHARES>::THREADS, FEW_COLUMNS_BLOCKS) {
     DYNAMIC_SHARED(float, room);
+    __shared__ int32_t slots[COLUMNS];
     constexpr int EACH = Block<SHARES>::EACH;
     // Columns whose tails are under way at a time. Few are asked for early: no other kernel touches the tails.
-    constexpr int TURN = EACH < 8 ? EACH : 8;
+    constexpr int MOST = WIDE ? 12 : 8, TURN = EACH < MOST ? EACH : MOST;
     constexpr bool EARLY = EACH <= 3;
     Own<SHARES> own(args.product);
     bool is_x = own.tile >= 0 && own.tile < args.product.first_tiles;
     int64_t channel = (is_x ? own.tile : own.tile - args.product.first_tiles) * TILE_ROWS + own.tile_row;
     bool has_row = own.tile >= 0 && channel < args.channels;
+    // Of column 0 of the block, and what lies between columns.
+    int64_t sequence0 = sequence_of(0);
+    float* tail = args.tail + channel * (TAPS - 1);
+    int64_t tail_stride = args.channels * (TAPS - 1);
+    bf16* u = args.u + activation_place(sequence0, channel, args.channel_blocks);
+    int tile_stride = int(args.channel_blocks) * (COLUMN_BLOCK / 2);
+    bf16* gate = args.gate + sequence0 * args.channels + channel;
     float taps[TAPS], tap_bias = 0.0f, bias = 0.0f;
     float tails[TURN][KEPT];
-    int32_t slots[TURN];
+    auto slot_of = [&](int column) {
+        if (!EARLY) return slots[column];
+        return sequence_of(column) < args.product.columns ? args.slots[sequence_of(column)] : -1;
+    };
+    int32_t own_slots[TURN];
     auto load = [&](int turn) {
 #pragma unroll
         for (int i = 0; i < TURN; ++i) {
             int column = own.column(turn + i);
-            slots[i] = -1;
-            if (has_row && column < COLUMNS && sequence_of(column) < args.product.columns) slots[i] = args.slots[sequence_of(column)];
+            own_slots[i] = has_row && column < COLUMNS ? slot_of(column) : -1;
         }
 #pragma unroll
         for (int i = 0; i < TURN; ++i) {
-            if (slots[i] < 0 || !is_x) continue;
-            const float* from = args.tail + (int64_t(slots[i]) * args.channels + channel) * (TAPS - 1);
+            // Without a tail, numbers that nobody uses: no branch keeps loads apart.
+            const float* from = is_x && own_slots[i] >= 0 ? tail + own_slots[i] * tail_stride : args.taps;
 #pragma unroll
             for (int k = 0; k + 1 < TAPS; ++k) tails[i][k] = load_fresh(from + k);
         }
@@ -59,27 +72,37 @@ KERNEL(decode_input, InputArguments, Block<SHARES>::THREADS, FEW_COLUMNS_BLOCKS)
             for (int k = 0; k < TAPS; ++k) taps[k] = args.taps[channel * TAPS + k];
             if (args.tap_bias) tap_bias = args.tap_bias[channel];
         }
-        if (EARLY) load(0);
+        if (EARLY) {
+            load(0);
+            return;
+        }
+        // The product ends with a barrier.
+        for (int column = threadIdx.x; column < COLUMNS; column += blockDim.x)
+            slots[column] = sequence_of(column) < args.product.columns ? args.slots[sequence_of(column)] : -1;
+        if (!WIDE || !has_row || !is_x) return;
+        for (int column = own.first_column; column < COLUMNS; column += Block<SHARES>::STEP) {
+            int32_t slot = sequence_of(column) < args.product.columns ? args.slots[sequence_of(column)] : -1;
+            if (slot >= 0) fetch_ahead(tail + slot * tail_stride);
+        }
     });
 #pragma unroll 1
     for (int turn = 0; turn < EACH; turn += TURN) {
         if (!EARLY) load(turn);
 #pragma unroll
         for (int i = 0; i < TURN; ++i) {
-            if (slots[i] < 0) continue;
+            if (own_slots[i] < 0) continue;
             int column = own.column(turn + i);
-            int64_t sequence = sequence_of(column);
             float value = total<SHARES>(room, own.row, column) + bias;
             if (!is_x) {
-                args.gate[sequence * args.channels + channel] = from_float<bf16>(silu(value));
+                gate[column * int(args.channels)] = from_float<bf16>(silu(value));
                 continue;
             }
             float sum = tap_bias;
 #pragma unroll
             for (int k = 0; k + 1 < TAPS; ++k) sum = fmaf(taps[k], tails[i][k], sum);
             sum = fmaf(taps[TAPS - 1], value, sum);
-            args.u[activation_place(sequence, channel, args.channel_blocks)] = from_float<bf16>(silu(sum));
-            float* to = args.tail + (int64_t(slots[i]) * args.channels + channel) * (TAPS - 1);
+            u[column / TILE_COLUMNS * tile_stride + column % TILE_COLUMNS * 8] = from_float<bf16>(silu(sum));
+            float* to = tail + own_slots[i] * tail_stride;
 #pragma unroll
             for (int k = 0; k + 1 < TAPS; ++k) to[k] = k + 2 < TAPS ? tails[i][k + 1] : value;
         }
@@ -93,22 +116,45 @@ struct RowsArguments {
     float* out;               // [columns, rows], `stride` apart
     int64_t rows;
     int64_t stride;
+    uint64_t* best;           // [columns, row tiles]: the highest rank of 16 rows, for the choice of tokens; or none
 };
 
 template <int SPLIT> DEVICE void project_rows(const RowsArguments& args, float* room) {
     Own<SPLIT> own(args.product);
     int64_t row = own.tile * TILE_ROWS + own.tile_row;
+    bool has_row = own.tile >= 0 && row < args.rows;
     multiply<SPLIT>(args.product, room, []() {});
-    if (own.tile < 0 || row >= args.rows) return;
 #pragma unroll 4
     for (int i = 0; i < Block<SPLIT>::EACH; ++i) {
         int column = own.column(i);
-        if (column < COLUMNS && sequence_of(column) < args.product.columns)
-            args.out[sequence_of(column) * args.stride + row] = total<SPLIT>(room, own.row, column);
+        if (!has_row || column >= COLUMNS || sequence_of(column) >= args.product.columns) break;
+        float value = total<SPLIT>(room, own.row, column);
+        args.out[sequence_of(column) * args.stride + row] = value;
+        // Nobody else reads this place before the barrier.
+        if (args.best) sums_of(room)[column * STRIDE + own.row] = value;
+    }
+    if (!args.best) return;
+    __syncthreads();
+    for (int item = threadIdx.x; item < ROW_TILES * COLUMNS; item += blockDim.x) {
+        int column = item % COLUMNS, tile = item / COLUMNS;
+        int64_t place = int64_t(blockIdx.x) * ROW_TILES + tile, first = place * TILE_ROWS;
+        if (place >= args.product.row_tiles || sequence_of(column) >= args.product.columns) continue;
+        uint64_t best = 0;
+#pragma unroll
+        for (int four = 0; four < TILE_ROWS; four += 4) {
+            Pack<float, 4> values = load_pack<float, 4>(sums_of(room) + column * STRIDE + tile * TILE_ROWS + four);
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                if (first + four + i < args.rows) best = most(best, rank_of(values.at[i], uint32_t(first + four + i)));
+        }
+        args.best[sequence_of(column) * args.product.row_tiles + place] = best;
     }
 }
 
-KERNEL(decode_rows, RowsArguments, Block<SHARES>::THREADS, FEW_COLUMNS_BLOCKS) {
+// Two blocks of many columns where cut.rs wants them, with 128 registers, which int8 has no use for.
+constexpr int ROWS_BLOCKS = WIDE && !QUANTISED && ROW_TILES <= 4 && COLUMN_TILES == 16 ? 2 : FEW_COLUMNS_BLOCKS;
+
+KERNEL(decode_rows, RowsArguments, Block<SHARES>::THREADS, ROWS_BLOCKS) {
     DYNAMIC_SHARED(float, room);
     project_rows<SHARES>(args, room);
 }
@@ -172,9 +218,8 @@ struct PartArguments {
 
 KERNEL(decode_part, PartArguments, WIDE_THREADS, 1) {
     DYNAMIC_SHARED(float, room);
-    constexpr int OWN = COLUMN_TILES / COLUMN_WARPS;
-    int64_t tile = int64_t(blockIdx.x) * ROW_TILES + warp_id() % ROW_TILES;
-    int64_t column0 = (int64_t(blockIdx.y) * COLUMN_TILES + warp_id() / ROW_TILES * OWN) * TILE_COLUMNS;
+    int64_t tile = own_row_tile() < ROW_TILES ? int64_t(blockIdx.x) * ROW_TILES + own_row_tile() : args.product.row_tiles;
+    int64_t column0 = (int64_t(blockIdx.y) * COLUMN_TILES + own_column_tile()) * TILE_COLUMNS;
     int g = lane_id() / 4, t = lane_id() % 4;
     int first = blockIdx.z * (SHARES / PARTS);
     multiply_many(args.product, room, first, first + SHARES / PARTS, []() {}, [&](int share, float(&sums)[OWN][4]) {

@@ -75,14 +75,19 @@ struct ColumnSquares {
     }
 };
 
-// A thread's terms of a column, in the order of the threads, and their squares.
-template <class F> DEVICE void each_term(const Normed& to, int64_t column, float* room, F value_of) {
+// A thread's terms of a column, in the order of the threads, and their squares: `fetch(term)` asks for what `value_of(term,
+// fetched)` makes the value of, a turn earlier.
+template <class Fetch, class F> DEVICE void each_term(const Normed& to, int64_t column, float* room, Fetch fetch, F value_of) {
     int64_t tiles = ceil_div(to.width, TILE_ROWS);
     ColumnSquares squares = {to, column, tiles, room};
     int64_t gathered = 0;
+    int64_t last = to.width - 1;
+    auto next = fetch(least<int64_t>(threadIdx.x, last));
     for (int64_t base = 0; base < tiles * TILE_ROWS; base += blockDim.x) {
         int64_t term = base + threadIdx.x;
-        float value = term < to.width ? value_of(term) : 0.0f;
+        auto fetched = next;
+        if (base + blockDim.x < tiles * TILE_ROWS) next = fetch(least<int64_t>(term + blockDim.x, last));
+        float value = term < to.width ? value_of(term, fetched) : 0.0f;
         if (!to.squares) continue;
         if (term < to.width) to.x[activation_place(column, term, to.blocks)] = from_float<bf16>(value * to.norm[term]);
         squares.add(term, value);
@@ -102,8 +107,8 @@ KERNEL(decode_embed, EmbedArguments, 1024, 1) {
     let_next_start();
     wait_for_previous();
     int64_t id = load_fresh(args.ids + column);
-    each_term(args.to, column, room, [&](int64_t term) {
-        float value = id < args.classes ? weight_at(args.table, id, term, args.to.blocks) : float_of(0x7fc00000u);
+    auto fetch = [&](int64_t term) { return id < args.classes ? weight_at(args.table, id, term, args.to.blocks) : float_of(0x7fc00000u); };
+    each_term(args.to, column, room, fetch, [&](int64_t term, float value) {
         args.residual[column * width + term] = value;
         return value;
     });
@@ -119,25 +124,36 @@ struct JoinArguments {
     int64_t columns;
 };
 
+// What a term of the residual stream is made of.
+struct Terms {
+    float parts[MOST_SHARES];
+    float past;
+};
+
 // A block a column: adds the runs of W_out y, in order, and goes back to the residual stream.
 KERNEL(decode_join, JoinArguments, 1024, 1) {
     __shared__ float room[SQUARES_AT_ONCE];
     int64_t column = blockIdx.x, width = args.to.width;
     let_next_start();
     wait_for_previous();
-    each_term(args.to, column, room, [&](int64_t term) {
-        float parts[MOST_SHARES];
+    const float* parts = args.parts + column * args.row_tiles * TILE_ROWS;
+    int64_t stride = args.columns * args.row_tiles * TILE_ROWS;
+    auto fetch = [&](int64_t term) {
+        Terms terms;
 #pragma unroll
         for (int share = 0; share < MOST_SHARES; ++share)
-            if (share < args.shares)
-                parts[share] = load_fresh(args.parts + ((share * args.columns + column) * args.row_tiles) * TILE_ROWS + term);
-        float* residual = args.residual + column * width + term;
-        float past = load_fresh(residual), sum = parts[0];
+            // The last one again instead of none: no branch keeps loads apart.
+            terms.parts[share] = load_fresh(parts + least<int64_t>(share, args.shares - 1) * stride + term);
+        terms.past = load_fresh(args.residual + column * width + term);
+        return terms;
+    };
+    each_term(args.to, column, room, fetch, [&](int64_t term, const Terms& terms) {
+        float sum = terms.parts[0];
 #pragma unroll
         for (int share = 1; share < MOST_SHARES; ++share)
-            if (share < args.shares) sum += parts[share];
-        float value = sum + (args.bias ? args.bias[term] : 0.0f) + past;
-        *residual = value;
+            if (share < args.shares) sum += terms.parts[share];
+        float value = sum + (args.bias ? args.bias[term] : 0.0f) + terms.past;
+        args.residual[column * width + term] = value;
         return value;
     });
 }

@@ -6,6 +6,7 @@
 // lower ids first among equals): all above a key, and some that equal it. It is found byte by byte of the key, from a
 // histogram over the candidates of what is not decided yet.
 #include "prelude.cuh"
+#include "decode_ranking.cuh"
 
 constexpr uint64_t ONE = uint64_t(1) << 40;
 constexpr int BINS = 256;
@@ -28,6 +29,8 @@ struct Sampled {
 
 struct SampleArguments {
     float* logits;        // [columns, stride]
+    const uint64_t* best; // [columns, best_stride]: the highest rank of every 16 logits
+    int64_t best_stride;
     int64_t stride;
     int64_t classes;      // that take part
     int32_t* slots;       // [columns], -1 without a sequence; becomes so at a sequence's end
@@ -47,13 +50,6 @@ struct SampleArguments {
     double min_p;
     float penalty;
 };
-
-// Orders floats as their keys: larger key, larger float.
-DEVICE uint32_t key_of(float value) {
-    uint32_t bits = bits_of(value);
-    return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
-}
-DEVICE float float_of_key(uint32_t key) { return float_of(key ^ (key >> 31 ? 0x80000000u : 0xffffffffu)); }
 
 DEVICE void philox(uint32_t (&c)[4], uint32_t k0, uint32_t k1) {
     for (int round = 0; round < 10; ++round) {
@@ -77,15 +73,14 @@ template <class F> DEVICE uint64_t warp_reduce(uint64_t value, F join) {
     for (int step = WARP / 2; step > 0; step /= 2) value = join(value, __shfl_xor_sync(FULL_WARP, value, step));
     return value;
 }
-// Every thread gets the result; `room` is WARP numbers.
-template <class F> DEVICE uint64_t block_reduce(uint64_t value, uint64_t* room, F join) {
-    value = warp_reduce(value, join);
+// The largest of a block's numbers; every thread gets it. `room` is WARP numbers.
+DEVICE uint64_t block_largest(uint64_t value, uint64_t* room) {
+    auto larger = [](uint64_t a, uint64_t b) { return a > b ? a : b; };
+    value = warp_reduce(value, larger);
     __syncthreads();
     if (lane_id() == 0) room[warp_id()] = value;
     __syncthreads();
-    uint64_t all = room[0];
-    for (int warp = 1; warp < int(blockDim.x) / WARP; ++warp) all = join(all, room[warp]);
-    return all;
+    return warp_reduce(lane_id() < int(blockDim.x) / WARP ? room[lane_id()] : 0, larger);
 }
 
 // The beginning of the ranking: keys above `key`, and the first `equals` that equal it.
@@ -182,30 +177,36 @@ KERNEL(decode_sample, SampleArguments, 1024, 1) {
         __syncthreads();
     }
 
-    uint64_t best = 0, broken = ~uint64_t(0);
+    // The penalty changes logits, so that what is known of them no longer holds.
+    int64_t known = args.penalty == 1.0f ? args.classes / 16 : 0;
+    uint64_t best = 0;
     // Some at a time, so that many are under way.
-    constexpr int AT_ONCE = 16;
-    for (int64_t first = thread; first < args.classes; first += AT_ONCE * threads) {
+    constexpr int AT_ONCE = 4;
+    for (int64_t first = thread; first < known; first += AT_ONCE * threads) {
+        uint64_t some[AT_ONCE];
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j)
+            some[j] = first + j * threads < known ? args.best[column * args.best_stride + first + j * threads] : 0;
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j) best = most(best, some[j]);
+    }
+    for (int64_t first = known * 16 + thread; first < args.classes; first += AT_ONCE * threads) {
         float some[AT_ONCE];
 #pragma unroll
         for (int j = 0; j < AT_ONCE; ++j)
-            some[j] = first + j * threads < args.classes ? row.logits[first + j * threads] : float_of(0xff800000u);
+            some[j] = first + j * threads < args.classes ? row.logits[first + j * threads] : 0.0f;
 #pragma unroll
         for (int j = 0; j < AT_ONCE; ++j) {
             int64_t i = first + j * threads;
-            float logit = some[j];
-            if (logit != logit || logit == float_of(0x7f800000u)) broken = least<uint64_t>(broken, i);
-            if (i < args.classes) best = most<uint64_t>(best, uint64_t(key_of(logit)) << 32 | (0xffffffffu - uint32_t(i)));
+            if (i < args.classes) best = most(best, rank_of(some[j], uint32_t(i)));
         }
     }
-    auto larger = [](uint64_t a, uint64_t b) { return a > b ? a : b; };
-    auto smaller = [](uint64_t a, uint64_t b) { return a < b ? a : b; };
     auto sum = [](uint64_t a, uint64_t b) { return a + b; };
-    broken = block_reduce(broken, room, smaller);
-    best = block_reduce(best, room, larger);
-    uint32_t token = 0xffffffffu - uint32_t(best);
-    row.best = float_of_key(uint32_t(best >> 32));
-    bool fails = broken != ~uint64_t(0) || row.best == float_of(0xff800000u);
+    best = block_largest(best, room);
+    uint32_t token = id_of_rank(best);
+    bool broken = key_of_rank(best) == BROKEN;
+    row.best = broken ? 0.0f : float_of_key(key_of_rank(best));
+    bool fails = broken || row.best == float_of(0xff800000u);
 
     if (!fails && args.temperature > 0.0) {
         Cut cut = {0, 0};  // no logit has the key 0
@@ -278,7 +279,7 @@ KERNEL(decode_sample, SampleArguments, 1024, 1) {
 
     if (thread != 0) return;
     if (fails) {
-        token = broken != ~uint64_t(0) ? uint32_t(broken) : 0;
+        token = broken ? token : 0;
     } else {
         args.ids[column] = token;
         if (args.window > 0) args.history[column * args.window + own.seen % args.window] = token;

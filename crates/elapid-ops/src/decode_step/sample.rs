@@ -5,11 +5,12 @@ use elapid_tensor::cuda::{
     DeviceBuffer, Gpu, KernelArguments, Launch, Result, SharedBuffer, Source,
 };
 
-use super::OP;
+use super::cuda::RANKING;
+use super::{OP, Step};
 use crate::gpu::wrong;
 
 static SAMPLE: Source =
-    Source { name: "decode_sample", text: include_str!("sample.cu"), headers: &[] };
+    Source { name: "decode_sample", text: include_str!("sample.cu"), headers: &[RANKING] };
 
 /// How tokens are chosen: as the sampler on the host means it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -66,6 +67,8 @@ pub struct Sampled {
 #[derive(Clone, Copy)]
 struct SampleArguments {
     logits: u64,
+    best: u64,
+    best_stride: i64,
     stride: i64,
     classes: i64,
     slots: u64,
@@ -165,28 +168,30 @@ impl Sampling {
         self.out.get((index % self.ring as u64) as usize * self.capacity + column)
     }
 
-    /// Launches the choice of a token for each column with a slot, from its logits [columns, stride]. The token becomes the
+    /// Launches the choice of a token for each column with a slot, from its logits of the last step. The token becomes the
     /// column's id; a sequence that ends loses its slot.
     ///
     /// # Errors
     /// If something has another size, or the driver refuses.
     pub fn run(
         &self,
-        logits: &DeviceBuffer<f32>,
-        stride: usize,
+        step: &Step,
         ids: &DeviceBuffer<u32>,
         slots: &DeviceBuffer<i32>,
         columns: usize,
     ) -> Result<()> {
         let Choice { classes, window, .. } = self.choice;
-        let room = [self.capacity, ids.len(), slots.len(), logits.len() / stride.max(1)];
+        let stride = step.classes();
+        let room = [self.capacity, ids.len(), slots.len(), step.capacity()];
         if room.iter().any(|&room| room < columns) || stride < classes {
             let message =
                 format!("{columns} columns of {stride} logits for {classes}: room {room:?}");
             return Err(wrong(OP, message));
         }
         let arguments = SampleArguments {
-            logits: logits.address(),
+            logits: step.logits().address(),
+            best: step.best().address(),
+            best_stride: stride.div_ceil(16) as i64,
             stride: stride as i64,
             classes: classes as i64,
             slots: slots.address(),

@@ -175,7 +175,6 @@ KERNEL(decode_scan, ScanArguments, 128, 4) {
         for (int part = 1; part < DELTA_PARTS; ++part) input += deltas[part][thread];
         float delta = softplus(input + bias);
         pairs[thread] = {delta, delta * u};
-        float past = skip * u;
         if (!SHARED_CHANNEL) {
             if (there) {
             const float* b = rows + pair_column * STRIDE + RANK;
@@ -187,7 +186,7 @@ KERNEL(decode_scan, ScanArguments, 128, 4) {
                 state[n] = from_float<State>(h);
                 y = fmaf(b[STATES + n], h, y);
             }
-            args.y[activation_place(sequence, channel, args.channel_blocks)] = from_float<bf16>((y + past) * gate);
+            args.y[activation_place(sequence, channel, args.channel_blocks)] = from_float<bf16>(fmaf(skip, u, y) * gate);
             }
             __syncthreads();
             continue;
@@ -219,7 +218,7 @@ KERNEL(decode_scan, ScanArguments, 128, 4) {
         }
         __syncthreads();
         if (there)
-            args.y[activation_place(sequence, channel, args.channel_blocks)] = from_float<bf16>((reads[thread] + past) * gate);
+            args.y[activation_place(sequence, channel, args.channel_blocks)] = from_float<bf16>(fmaf(skip, u, reads[thread]) * gate);
 #pragma unroll
         for (int turn = 0; turn < EARLY; ++turn) early[turn] = following[turn];
     }

@@ -265,43 +265,82 @@ fn cuda_steps_follow_the_reference() {
     }
 }
 
+/// Logits of the first two steps of some sequences, each alone.
+fn alone(gpu: &Gpu, case: &Case, sequences: &[usize]) -> Vec<Vec<Vec<f32>>> {
+    let of = |&sequence: &usize| {
+        let mut running = Running::new(gpu, case, &[0], 1);
+        (0..2).map(|step| running.next(&[id_of(sequence, step, case.sizes.classes)])).collect()
+    };
+    sequences.iter().map(of).collect()
+}
+
+/// Steps the first `columns` sequences together and compares some with what they were alone.
+fn expect_bits_of_alone(
+    gpu: &Gpu,
+    case: &Case,
+    columns: usize,
+    grouped: bool,
+    sequences: &[usize],
+    alone: &[Vec<Vec<f32>>],
+) {
+    let classes = case.sizes.classes;
+    // One column in seven has no sequence.
+    let slots: Vec<i32> =
+        (0..columns as i32).map(|c| if c % 7 == 6 { -1 } else { columns as i32 - 1 - c }).collect();
+    let mut running = Running::new(gpu, case, &slots, columns);
+    if !grouped {
+        running.step = running.step.without_groups();
+    }
+    for step in 0..2 {
+        let ids: Vec<u32> = (0..columns).map(|s| id_of(s, step, classes)).collect();
+        let logits = running.next(&ids);
+        for (&sequence, alone) in sequences.iter().zip(alone).filter(|(s, _)| **s < columns) {
+            let got = &logits[sequence * classes..(sequence + 1) * classes];
+            let same = got.iter().zip(&alone[step]).all(|(a, b)| a.to_bits() == b.to_bits());
+            let encoding = case.weights.embedding.encoding();
+            assert!(
+                same,
+                "{encoding}, groups {grouped}: sequence {sequence} of {columns}, step {step}"
+            );
+        }
+    }
+}
+
 #[test]
 fn cuda_steps_of_a_batch_have_the_bits_of_each_sequence_alone() {
     for gpu in gpus() {
         for encoding in [Encoding::Bf16, Encoding::Q8] {
             let case = Case::new(&gpu, plain(), encoding);
-            let classes = case.sizes.classes;
-            let alone: Vec<Vec<Vec<f32>>> = [0usize, 9, 39]
-                .iter()
-                .map(|&sequence| {
-                    let mut running = Running::new(&gpu, &case, &[0], 1);
-                    (0..2).map(|step| running.next(&[id_of(sequence, step, classes)])).collect()
-                })
-                .collect();
+            let sequences = [0, 9, 39];
+            let alone = alone(&gpu, &case, &sequences);
             // Each number of columns cuts the products in another way.
-            let all: &[usize] = if encoding == Encoding::Bf16 { &[2, 11, 25, 40] } else { &[40] };
-            for &columns in all {
-                // One column in seven has no sequence.
-                let slots: Vec<i32> = (0..columns as i32)
-                    .map(|c| if c % 7 == 6 { -1 } else { columns as i32 - 1 - c })
-                    .collect();
-                let mut running = Running::new(&gpu, &case, &slots, columns);
-                for step in 0..2 {
-                    let ids: Vec<u32> = (0..columns).map(|s| id_of(s, step, classes)).collect();
-                    let logits = running.next(&ids);
-                    for (&sequence, alone) in [0usize, 9, 39].iter().zip(&alone) {
-                        if sequence >= columns {
-                            continue;
-                        }
-                        let got = &logits[sequence * classes..(sequence + 1) * classes];
-                        let same =
-                            got.iter().zip(&alone[step]).all(|(a, b)| a.to_bits() == b.to_bits());
-                        assert!(
-                            same,
-                            "{encoding:?}: sequence {sequence} of {columns}, step {step}"
-                        );
-                    }
-                }
+            let all: &[(usize, bool)] = match encoding {
+                Encoding::Bf16 => &[(2, true), (11, true), (25, true), (40, true), (40, false)],
+                Encoding::Q8 => &[(40, true), (40, false)],
+            };
+            for &(columns, grouped) in all {
+                expect_bits_of_alone(&gpu, &case, columns, grouped, &sequences, &alone);
+            }
+        }
+    }
+}
+
+/// Sums of many terms, in stages of three blocks; on a card, a real model's sizes.
+#[test]
+fn cuda_steps_of_long_sums_have_the_bits_of_each_sequence_alone() {
+    for gpu in gpus() {
+        let small = Sizes { width: 768, inner: 64, states: 4, ..plain() };
+        let real = Sizes { width: 768, inner: 1536, rank: 48, classes: 3000, ..plain() };
+        let columns: &[usize] = if gpu.is_emulated() { &[33] } else { &[8, 33, 64, 128, 200] };
+        for encoding in [Encoding::Bf16, Encoding::Q8] {
+            let case = Case::new(&gpu, if gpu.is_emulated() { small } else { real }, encoding);
+            let sequences = [0, 32, 121, 198];
+            let alone = alone(&gpu, &case, &sequences);
+            for &columns in columns {
+                expect_bits_of_alone(&gpu, &case, columns, true, &sequences, &alone);
+            }
+            if gpu.is_emulated() {
+                break;
             }
         }
     }

@@ -241,6 +241,13 @@ DEVICE bf16 load_fresh(const bf16* from) {
 #endif
 }
 
+// Has the second-level cache fetch what will be wanted.
+DEVICE void fetch_ahead(const void* from) {
+#ifdef ON_CARD
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+#endif
+}
+
 // Copies of 16 bytes into shared memory that go on while the thread does. Those since the last commit_copies are a group;
 // wait_copies<N> waits for all groups of this thread but the N last. Other threads see them after a barrier.
 DEVICE void copy_async(void* shared, const void* from) {

@@ -1,0 +1,133 @@
+// Products by groups of four warps, the first a multiple of four: c += a b as multiply_tile does it, for COUNT tiles of
+// columns that the tensor cores read from shared memory themselves, once for the rows of all four. A tile's b0 and b1 are
+// matrices of 128 bytes, NEXT bytes apart; tiles are STRIDE bytes apart. The whole group calls start_group, multiplies,
+// begin_group and end_group, before which the sums mean nothing. On cards that have it (compute capability 9.0) the sums have the bits of
+// multiply_tile's; elsewhere they are made by it.
+#pragma once
+#include "prelude.cuh"
+
+// Four neighbouring matrices of 128 bytes in shared memory, as b0 and b1 of two products of multiply_tile.
+DEVICE Pack<uint32_t, 4> load_matrices(const void* shared) {
+    Pack<uint32_t, 4> words;
+#ifdef ON_CARD
+    asm volatile(
+        "{\n.reg .u64 wide;\n.reg .u32 place;\ncvta.to.shared.u64 wide, %4;\ncvt.u32.u64 place, wide;\n"
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [place];\n}"
+        : "=r"(words.at[0]), "=r"(words.at[1]), "=r"(words.at[2]), "=r"(words.at[3])
+        : "l"(static_cast<const uint8_t*>(shared) + lane_id() * 16)
+        : "memory");
+#else
+    const uint32_t* from = static_cast<const uint32_t*>(shared);
+    for (int i = 0; i < 4; ++i) words.at[i] = from[i * WARP + lane_id()];
+#endif
+    return words;
+}
+
+// What this thread put into shared memory becomes visible to the tensor cores of those that meet it at a barrier.
+DEVICE void show_to_tensor_cores() {
+#ifdef ON_CARD
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+#if defined(ON_CARD) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define HAS_GROUPS 1
+DEVICE void multiply_group_on_card(float (&c)[4][4], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "{\n.reg .pred always;\nsetp.eq.u32 always, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+        "{%16, %17, %18, %19}, %20, always, 1, 1, 0;\n}"
+        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]),
+          "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
+          "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
+          "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+DEVICE void multiply_group_on_card(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "{\n.reg .pred always;\nsetp.eq.u32 always, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, always, 1, 1, 0;\n}"
+        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]),
+          "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
+          "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
+          "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),
+          "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]),
+          "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
+          "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]),
+          "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+DEVICE void multiply_group_on_card(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "{\n.reg .pred always;\nsetp.eq.u32 always, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "{%64, %65, %66, %67}, %68, always, 1, 1, 0;\n}"
+        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]),
+          "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
+          "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
+          "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),
+          "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]),
+          "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
+          "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]),
+          "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3]),
+          "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]),
+          "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]),
+          "+f"(c[10][0]), "+f"(c[10][1]), "+f"(c[10][2]), "+f"(c[10][3]),
+          "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]), "+f"(c[11][3]),
+          "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3]),
+          "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]),
+          "+f"(c[14][0]), "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]),
+          "+f"(c[15][0]), "+f"(c[15][1]), "+f"(c[15][2]), "+f"(c[15][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+#endif
+
+template <int COUNT> DEVICE void pin_sums(float (&c)[COUNT][4]) {
+#ifdef HAS_GROUPS
+#pragma unroll
+    for (int n = 0; n < COUNT; ++n) asm volatile("" : "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])::"memory");
+#endif
+}
+
+template <int COUNT> DEVICE void start_group(float (&c)[COUNT][4]) {
+#ifdef HAS_GROUPS
+    pin_sums(c);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+template <int NEXT, int STRIDE, int COUNT>
+DEVICE void multiply_group(float (&c)[COUNT][4], const uint32_t (&a)[4], const uint8_t* b) {
+#ifdef HAS_GROUPS
+    uint64_t place;
+    asm("cvta.to.shared.u64 %0, %1;" : "=l"(place) : "l"(b));
+    multiply_group_on_card(c, a, (place & 0x3ffff) >> 4 | uint64_t(NEXT / 16) << 16 | uint64_t(STRIDE / 16) << 32);
+#else
+#pragma unroll
+    for (int n = 0; n < COUNT; ++n) {
+        const uint32_t* words = reinterpret_cast<const uint32_t*>(b + n * STRIDE) + lane_id();
+        multiply_tile(c[n], a, words[0], words[NEXT / 4]);
+    }
+#endif
+}
+
+DEVICE void begin_group() {
+#ifdef HAS_GROUPS
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+
+template <int COUNT> DEVICE void end_group(float (&c)[COUNT][4]) {
+#ifdef HAS_GROUPS
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    pin_sums(c);
+#endif
+}
