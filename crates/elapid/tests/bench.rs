@@ -34,7 +34,7 @@ fn names(report: &Value) -> Vec<&str> {
 #[test]
 fn a_quick_run_has_every_figure() {
     let outcome = Program::new().run(&["bench", "--quick", "--json"]);
-    for word in ["limit", "share", "selective_scan forward", "training step", "decode step"] {
+    for word in ["limit", "share", "selective_scan forward", "training step", "8 decode steps"] {
         assert!(outcome.err.contains(word), "{word} is not in {}", outcome.err);
     }
     let report = outcome.json();
@@ -55,7 +55,7 @@ fn a_quick_run_has_every_figure() {
         assert_eq!(names.iter().copied().filter(backward).count(), 1, "{operation}");
     }
     // A kind of float and one of blocks; two numbers of sequences.
-    for (job, count) in [("training step", 1), ("prefill", 2), ("decode step", 4)] {
+    for (job, count) in [("training step", 1), ("prefill", 2), ("8 decode steps", 4)] {
         assert_eq!(names.iter().filter(|&&name| name == job).count(), count, "{job}: {names:?}");
     }
 
@@ -104,7 +104,7 @@ fn single_subjects_repeats_and_threads() {
     assert_eq!(shapes, expected.map(|shape| format!("tiny, {shape}")));
     let inference = report["inference"].as_array().unwrap();
     assert_eq!((inference.len(), &inference[1]["weights"]), (2, &"q4_0".into()));
-    assert_eq!(names(&report), ["prefill", "decode step", "prefill", "decode step"]);
+    assert_eq!(names(&report), ["prefill", "8 decode steps", "prefill", "8 decode steps"]);
     assert_eq!(report["figures"][1]["samples"].as_array().unwrap().len(), 2);
     assert_eq!(report["threads"], 1);
     assert_eq!(report["limits"][0]["all_threads"]["threads"], 1);

@@ -1,20 +1,21 @@
 //! Δ projection, softplus, recurrence, skip and gate of a stretch of channels.
 //!
-//! The states of a channel stand side by side in memory, so a vector holds states of one channel; four channels go
-//! together, since one alone is a chain of some forty cycles.
+//! A vector holds one state of neighbouring channels. In memory the states of a channel stand side by side, so they are
+//! turned around before the first token of a stretch and after the last.
 
 use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
 use super::{Rows, Stretch, TILE, padded};
+use crate::matmul::transpose_block;
 use crate::simd::{
     DECAY_RANGE, DecayConstants, clamp_below, decay_constants, decay_exp2_in_range, dispatch, load,
     silu_each, softplus_each, store,
 };
 
-/// Channels whose recurrences overlap.
-const TOGETHER: usize = 4;
+/// Vectors whose chains of some forty cycles overlap: as many as registers hold beside their sums.
+const TOGETHER: usize = 2;
 
 /// The recurrence of E channels with N states and a Δ of rank R.
 #[derive(Debug, Clone)]
@@ -26,7 +27,7 @@ pub struct Scan {
     dt_weight: Vec<f32>,
     /// [E padded]
     dt_bias: Vec<f32>,
-    /// A log2(e), [E padded, N].
+    /// A log2(e), [E / tile, N, tile].
     a: Vec<f32>,
     /// [E padded]
     d: Vec<f32>,
@@ -63,10 +64,14 @@ impl Scan {
                 tile[r * TILE + channel % TILE] = value;
             }
         }
+        let mut rates = vec![0.0; a_log.len()];
+        crate::simd::exp_slice(a_log, &mut rates);
         let mut a = vec![0.0; width * states];
-        crate::simd::exp_slice(a_log, &mut a[..a_log.len()]);
-        for a in &mut a {
-            *a *= -std::f32::consts::LOG2_E;
+        for (channel, row) in rates.chunks_exact(states.max(1)).enumerate() {
+            let tile = &mut a[channel / TILE * TILE * states..];
+            for (i, &rate) in row.iter().enumerate() {
+                tile[i * TILE + channel % TILE] = -rate * std::f32::consts::LOG2_E;
+            }
         }
         let wide = |values: &[f32]| {
             let mut wide = vec![0.0; width];
@@ -130,6 +135,7 @@ impl WithSimd for Op<'_> {
         let (n, rank) = (scan.states, scan.rank);
         let constants = decay_constants(simd);
         let constants = std::hint::black_box(&constants);
+        let mut h = vec![0.0f32; n * TILE];
         let mut first = channels.start;
         while first < channels.end {
             let valid = TILE.min(scan.channels - first);
@@ -138,9 +144,13 @@ impl WithSimd for Op<'_> {
             for stretch in stretches {
                 let at = (stretch.slot * scan.channels + first) * n;
                 // SAFETY: the caller's: the slot's channels are this thread's.
-                let h = unsafe { std::slice::from_raw_parts_mut(state.add(at), valid * n) };
-                if stretch.fresh {
+                let own = unsafe { std::slice::from_raw_parts_mut(state.add(at), valid * n) };
+                if stretch.fresh || valid < TILE {
                     h.fill(0.0);
+                }
+                if !stretch.fresh {
+                    // SAFETY: `valid` rows of N states, and as many columns of at most a tile.
+                    unsafe { transpose_block(own.as_ptr(), n, valid, n, h.as_mut_ptr(), TILE) };
                 }
                 for row in stretch.start..stretch.start + stretch.len {
                     // SAFETY: the caller's.
@@ -153,17 +163,11 @@ impl WithSimd for Op<'_> {
                     let zero = [0.0; TILE];
                     let mut token = Token { delta: zero, delta_u: zero, y: zero, b, c };
                     delta(simd, &mut token, dt, weight, &scan.dt_bias[first..], u);
-                    let mut channel = 0;
-                    while channel + TOGETHER <= valid {
-                        step::<S, TOGETHER>(simd, constants, &mut token, channel, n, a, h);
-                        channel += TOGETHER;
-                    }
-                    while channel < valid {
-                        step::<S, 1>(simd, constants, &mut token, channel, n, a, h);
-                        channel += 1;
-                    }
+                    recurrence(simd, constants, &mut token, a, &mut h);
                     gate(simd, &token.y, &scan.d[first..], u, z);
                 }
+                // SAFETY: as above.
+                unsafe { transpose_block(h.as_ptr(), TILE, n, valid, own.as_mut_ptr(), n) };
             }
             first += TILE;
         }
@@ -183,15 +187,22 @@ fn delta<S: Simd>(
     let step = S::F32_LANES;
     let mut lane = 0;
     while lane < TILE {
-        let mut sums = [simd.splat_f32s(0.0); 2];
-        for (r, &dt) in dt.iter().enumerate() {
-            let dt = simd.splat_f32s(dt);
-            for (v, sum) in sums.iter_mut().enumerate() {
-                let w = load(simd, &weight[r * TILE + lane + v * step..]);
-                *sum = simd.mul_add_e_f32s(dt, w, *sum);
+        // Sums of even and of odd terms, so that two vectors are four chains.
+        let mut sums = [[simd.splat_f32s(0.0); 2]; 2];
+        let (pairs, rest) = dt.as_chunks::<2>();
+        let mut w = weight;
+        for pair in pairs {
+            for (part, &dt) in sums.iter_mut().zip(pair) {
+                *part = add_term(simd, *part, dt, &w[lane..]);
+                w = &w[TILE..];
             }
         }
+        for &dt in rest {
+            sums[0] = add_term(simd, sums[0], dt, &w[lane..]);
+        }
+        let [mut sums, odd] = sums;
         for (v, sum) in sums.iter_mut().enumerate() {
+            *sum = simd.add_f32s(*sum, odd[v]);
             *sum = simd.add_f32s(*sum, load(simd, &bias[lane + v * step..]));
         }
         let delta = softplus_each(simd, sums);
@@ -205,59 +216,57 @@ fn delta<S: Simd>(
     }
 }
 
-/// h ← 2^(Δ A) h + Δ u B and y = C h of `K` channels.
+/// Two vectors' terms of one input of Δ.
 #[inline(always)]
-fn step<S: Simd, const K: usize>(
+fn add_term<S: Simd>(simd: S, mut sums: [S::f32s; 2], dt: f32, w: &[f32]) -> [S::f32s; 2] {
+    let dt = simd.splat_f32s(dt);
+    for (v, sum) in sums.iter_mut().enumerate() {
+        *sum = simd.mul_add_e_f32s(dt, load(simd, &w[v * S::F32_LANES..]), *sum);
+    }
+    sums
+}
+
+/// h ← 2^(Δ A) h + Δ u B and y = C h, summed over states in ascending order; `a` and `h` are [N, tile].
+#[inline(always)]
+fn recurrence<S: Simd>(
     simd: S,
     constants: &DecayConstants<S>,
     token: &mut Token<'_>,
-    channel: usize,
-    n: usize,
     a: &[f32],
     h: &mut [f32],
 ) {
+    let step = S::F32_LANES;
     let zero = simd.splat_f32s(0.0);
-    let (mut delta, mut delta_u) = ([zero; K], [zero; K]);
-    for k in 0..K {
-        delta[k] = simd.splat_f32s(token.delta[channel + k]);
-        delta_u[k] = simd.splat_f32s(token.delta_u[channel + k]);
-    }
-    let mut y = [zero; K];
-    let mut i = 0;
-    while i < n {
-        let whole = i + S::F32_LANES <= n;
-        let end = n.min(i + S::F32_LANES);
-        let (b, c) = (part(simd, &token.b[i..end], whole), part(simd, &token.c[i..end], whole));
-        let mut x = [zero; K];
-        for (k, x) in x.iter_mut().enumerate() {
-            let exponent =
-                simd.mul_f32s(delta[k], part(simd, &a[(channel + k) * n..][i..end], whole));
-            *x = clamp_below(simd, exponent, -DECAY_RANGE);
+    let mut lane = 0;
+    while lane < TILE {
+        let (mut delta, mut delta_u) = ([zero; TOGETHER], [zero; TOGETHER]);
+        for v in 0..TOGETHER {
+            delta[v] = load(simd, &token.delta[lane + v * step..]);
+            delta_u[v] = load(simd, &token.delta_u[lane + v * step..]);
         }
-        let decay = decay_exp2_in_range(simd, constants, x);
-        for k in 0..K {
-            let at = (channel + k) * n;
-            let input = simd.mul_f32s(delta_u[k], b);
-            let next =
-                simd.mul_add_e_f32s(decay[k], part(simd, &h[at + i..at + end], whole), input);
-            if whole {
-                store(simd, &mut h[at + i..], next);
-            } else {
-                simd.partial_store_f32s(&mut h[at + i..at + end], next);
+        let mut y = [zero; TOGETHER];
+        let rows = a.chunks_exact(TILE).zip(h.chunks_exact_mut(TILE));
+        for ((a, h), (&b, &c)) in rows.zip(token.b.iter().zip(token.c)) {
+            let (b, c) = (simd.splat_f32s(b), simd.splat_f32s(c));
+            let mut x = [zero; TOGETHER];
+            for (v, x) in x.iter_mut().enumerate() {
+                let exponent = simd.mul_f32s(delta[v], load(simd, &a[lane + v * step..]));
+                *x = clamp_below(simd, exponent, -DECAY_RANGE);
             }
-            y[k] = simd.mul_add_e_f32s(next, c, y[k]);
+            let decay = decay_exp2_in_range(simd, constants, x);
+            for v in 0..TOGETHER {
+                let at = lane + v * step;
+                let input = simd.mul_f32s(delta_u[v], b);
+                let next = simd.mul_add_e_f32s(decay[v], load(simd, &h[at..]), input);
+                store(simd, &mut h[at..], next);
+                y[v] = simd.mul_add_e_f32s(next, c, y[v]);
+            }
         }
-        i += S::F32_LANES;
+        for (v, &y) in y.iter().enumerate() {
+            store(simd, &mut token.y[lane + v * step..], y);
+        }
+        lane += TOGETHER * step;
     }
-    for (k, &y) in y.iter().enumerate() {
-        token.y[channel + k] = simd.reduce_sum_f32s(y);
-    }
-}
-
-/// A whole vector, or the lanes that there are and zeros.
-#[inline(always)]
-fn part<S: Simd>(simd: S, from: &[f32], whole: bool) -> S::f32s {
-    if whole { load(simd, from) } else { simd.partial_load_f32s(from) }
 }
 
 /// u ← (y + D u) silu(z)

@@ -52,6 +52,8 @@ pub struct Inference {
 
 /// Decode steps in a timed run.
 const STEPS: usize = 8;
+/// The name of such a run.
+const DECODE: &str = "8 decode steps";
 
 /// Measures one of them or both.
 pub fn run(
@@ -205,7 +207,7 @@ impl Subject<'_> {
         let mut state = Some(State::join(&vec![&short; batch])?);
         let work = (self.engine.weight_bytes() + 2 * state_bytes * batch) * STEPS;
         let task = Task {
-            name: "decode step",
+            name: DECODE,
             shape: format!("{}, batch {batch}, {}", self.name, self.encoding),
             tokens: STEPS * batch,
             work: Work { bytes: work as f64, ..Work::default() },
