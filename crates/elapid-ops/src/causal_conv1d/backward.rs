@@ -5,8 +5,8 @@
 //! summed by block and then over blocks in order. Chains run from the latest token to the earliest and start
 //! from the gradient of the outgoing state, so a split sequence has the bits of the whole one.
 
-use super::cpu::{BLOCK, Convolution, TokenRows, columns_to_rows, get, put, sum};
-use crate::simd::{dispatch, silu_derivative};
+use super::cpu::{AHEAD, BLOCK, Convolution, TokenRows, columns_to_rows, get, put, sum};
+use crate::simd::{dispatch, prefetch_line, prefetch_line_to_write, silu_derivative};
 use elapid_tensor::{RowView, Sequence};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
@@ -174,6 +174,7 @@ unsafe fn chain<S: Simd, const W: usize>(
     // SAFETY: the caller vouches for the rows.
     unsafe {
         while c + S::F32_LANES <= channels {
+            prefetch_line_to_write(row.wrapping_add(c + AHEAD * channels));
             let value = sum::<S, W, false>(simd, rows, taps, row, c, channels);
             put::<S, false>(simd, row, c, channels, value);
             c += S::F32_LANES;
@@ -200,11 +201,15 @@ fn local_gradients<S: Simd, const W: usize, const SILU: bool>(
     let mut tokens = TokenRows::new(conv, range.start);
     for (t, g) in range.zip(g.chunks_exact_mut(channels)) {
         let rows = tokens.at(t);
+        let ahead = (t + AHEAD).min(conv.x.rows - 1);
+        let (next_x, next_dy) = (conv.x.row(ahead).as_ptr(), dy.row(ahead).as_ptr());
         let (dy, g) = (dy.row(t).as_ptr(), g.as_mut_ptr());
         let mut c = 0;
         // SAFETY: dy, g, all rows, taps and partial sums hold `channels` values each.
         unsafe {
             while c + S::F32_LANES <= channels {
+                prefetch_line(next_x.wrapping_add(c));
+                prefetch_line(next_dy.wrapping_add(c));
                 local_vector::<S, W, SILU, false>(simd, conv, dy, rows, g, partial, c);
                 c += S::F32_LANES;
             }

@@ -4,13 +4,15 @@
 //! incoming state, or zeros) before it. The sum runs from the oldest tap to the newest in one chain that starts
 //! from the bias, so neither blocks nor splits of a sequence change its bits.
 
-use crate::simd::{dispatch, silu};
+use crate::simd::{dispatch, prefetch_line, prefetch_line_to_write, silu};
 use elapid_tensor::{RowView, Sequence, Sequences};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 /// Tokens of one task. Also the unit in which parameter gradients are summed: not to depend on threads.
 pub(super) const BLOCK: usize = 64;
+/// Tokens by which rows are asked for ahead.
+pub(super) const AHEAD: usize = 2;
 /// Channel-taps below which everything stays on one thread.
 const PARALLEL_WORK: usize = 1 << 16;
 
@@ -192,10 +194,13 @@ fn forward<S: Simd, const W: usize, const SILU: bool>(
     for (i, out) in y.chunks_exact_mut(channels).enumerate() {
         let rows = tokens.at(first + i);
         let out = out.as_mut_ptr();
+        let next = conv.x.row((first + i + AHEAD).min(conv.x.rows - 1)).as_ptr();
         let mut c = 0;
         // SAFETY: all rows, the bias, each tap and the output row hold `channels` values.
         unsafe {
             while c + S::F32_LANES <= channels {
+                prefetch_line(next.wrapping_add(c));
+                prefetch_line_to_write(out.wrapping_add(c + AHEAD * channels));
                 let sum = sum::<S, W, false>(simd, rows, taps, bias, c, channels);
                 put::<S, false>(simd, out, c, channels, if SILU { silu(simd, sum) } else { sum });
                 c += S::F32_LANES;

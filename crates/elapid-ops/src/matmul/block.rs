@@ -3,7 +3,7 @@
 //! A [`Rectangle`] packs both operands itself; a [`RowBlock`] finds the right one in panels that others have packed
 //! ([`PackPanels`]). Both work through [`block`].
 
-use super::kernel::{KC, Left, Operand, Tile, run_tile, tile_columns, tile_shape};
+use super::kernel::{KC, Left, Operand, Tiles, run_tiles, tile_columns, tile_shape};
 use super::pack::{COPIED_ROW, copy_rows, pack_columns, pack_rows, panel_stride, tile_stride};
 use pulp::{Simd, WithSimd};
 
@@ -13,6 +13,8 @@ pub(super) const MC: usize = 96;
 pub(super) const NC: usize = 1024;
 /// Columns of one task of packing: a whole number of panels.
 pub(super) const PACK_COLUMNS: usize = 128;
+/// Most terms of a block whose tiles follow one another along the rows of the result instead of down its columns.
+const SHORT: usize = 64;
 /// Fewest rows and columns of a rectangle for which rows of the left operand are copied.
 const COPY_ROWS: usize = 16;
 const COPY_COLUMNS: usize = 64;
@@ -219,34 +221,73 @@ unsafe fn block<S: Simd>(
             Left::Copied => copy_rows(simd, a, rows, k, a_pack),
             Left::Packed => pack_rows(simd, a, rows, k, a_pack),
         }
+        let a_step = match left {
+            Left::InPlace => mr * a.row,
+            Left::Copied => mr * COPIED_ROW,
+            Left::Packed => tile,
+        };
+        let tiles = Tiles {
+            count: rows / mr,
+            a: if left == Left::InPlace { a.ptr } else { a_pack.cast_const() },
+            a_step,
+            a_row: a.row,
+            left,
+            b: right.packed,
+            b_step: nr,
+            panel_step: 0,
+            next_b: None,
+            k,
+            c: c.ptr,
+            c_stride: c.stride,
+            c_step: mr * c.stride,
+            next_c: c.ptr,
+            rows: mr,
+            cols: nr,
+            add,
+        };
+        if k <= SHORT && right.full == 0 {
+            // Little is done for each value of the result, which is written in the order of its memory.
+            for i in (0..rows).step_by(mr) {
+                let row = Tiles {
+                    count: cols / nr,
+                    a: tiles.a.add(i / mr * a_step),
+                    a_step: 0,
+                    panel_step: panel,
+                    c: c.ptr.add(i * c.stride),
+                    c_step: nr,
+                    next_c: c.ptr.wrapping_add((i + mr) * c.stride),
+                    rows: mr.min(rows - i),
+                    ..tiles
+                };
+                run_tiles(simd, row);
+                let full = cols / nr * nr;
+                if full < cols {
+                    let (b, c) = (row.b.add(row.count * panel), row.c.add(full));
+                    run_tiles(simd, Tiles { count: 1, b, c, cols: cols - full, ..row });
+                }
+            }
+            return;
+        }
         for j in (0..cols).step_by(nr) {
             let (b, b_step) = if j < right.full {
                 (right.in_place.at(0, j).ptr, right.in_place.row)
             } else {
                 (right.packed.add((j - right.full) / nr * panel), nr)
             };
-            for i in (0..rows).step_by(mr) {
-                let (a, a_row) = match left {
-                    Left::InPlace => (a.at(i, 0).ptr, a.row),
-                    Left::Copied => (a_pack.cast_const().add(i * COPIED_ROW), 0),
-                    Left::Packed => (a_pack.cast_const().add(i / mr * tile), 0),
-                };
-                run_tile(
-                    simd,
-                    Tile {
-                        a,
-                        a_row,
-                        left,
-                        b,
-                        b_step,
-                        k,
-                        c: c.ptr.add(i * c.stride + j),
-                        c_stride: c.stride,
-                        rows: mr.min(rows - i),
-                        cols: nr.min(cols - j),
-                        add,
-                    },
-                );
+            let column = Tiles {
+                b,
+                b_step,
+                next_b: (j >= right.full && j + nr < cols).then(|| b.wrapping_add(panel)),
+                c: c.ptr.add(j),
+                next_c: c.ptr.wrapping_add(j + nr),
+                cols: nr.min(cols - j),
+                ..tiles
+            };
+            run_tiles(simd, column);
+            let full = tiles.count * mr;
+            if full < rows {
+                let (a, c) = (column.a.add(column.count * a_step), column.c.add(full * c.stride));
+                run_tiles(simd, Tiles { count: 1, a, c, rows: rows - full, ..column });
             }
         }
     }

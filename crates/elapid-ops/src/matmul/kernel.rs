@@ -6,7 +6,8 @@
 //! and on every machine with fused multiply-add. Blocks also keep the rounding error of long sums
 //! (weight gradients contract over all tokens) near that of a pairwise sum.
 
-use super::pack::{COPIED_ROW, prefetch};
+use super::pack::COPIED_ROW;
+use crate::simd::{prefetch_outer, prefetch_to_write};
 use pulp::{NullaryFnOnce, Simd};
 
 /// Products summed in one chain. Part of the definition of the result: not a tuning value.
@@ -63,6 +64,10 @@ pub(super) const fn tile_columns<S: Simd>() -> usize {
 /// Terms of one turn of the inner loop.
 const UNROLL: usize = 4;
 
+/// Terms by which the result is asked for ahead of the sums: fewer than a block has, so that then a tile's own rows are
+/// asked for at its start.
+const RESULT_AHEAD: usize = 128;
+
 /// Where the tiles read the left operand.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Left {
@@ -78,19 +83,32 @@ const IN_PLACE: u8 = Left::InPlace as u8;
 const COPIED: u8 = Left::Copied as u8;
 const PACKED: u8 = Left::Packed as u8;
 
-/// One tile of the result: `rows <= MR`, `cols <= NR`; the product over `k <= KC` terms.
+/// Tiles of the result, one below the other or side by side: each `rows <= MR`, `cols <= NR`; the product over `k <= KC`
+/// terms.
 #[derive(Clone, Copy)]
-pub(super) struct Tile {
+pub(super) struct Tiles {
+    /// Number of tiles.
+    pub count: usize,
     pub a: *const f32,
+    /// Elements from the left operand of one tile to that of the next.
+    pub a_step: usize,
     /// Elements between rows, if they are read in place.
     pub a_row: usize,
     pub left: Left,
     /// Term k holds NR consecutive columns at `b + k * b_step`.
     pub b: *const f32,
     pub b_step: usize,
+    /// Elements from the right operand of one tile to that of the next.
+    pub panel_step: usize,
+    /// The right operand after these tiles, `k * NR` values, if it is packed.
+    pub next_b: Option<*const f32>,
     pub k: usize,
     pub c: *mut f32,
     pub c_stride: usize,
+    /// Elements from one tile of the result to the next.
+    pub c_step: usize,
+    /// The tile of the result after these; only asked for, so that it may lie outside.
+    pub next_c: *mut f32,
     pub rows: usize,
     pub cols: usize,
     /// Add to the result (later blocks of KC) instead of storing.
@@ -128,7 +146,7 @@ unsafe fn add_term<S: Simd, const R: usize, const V: usize>(
 
 struct TileRows<S, const R: usize, const V: usize, const LEFT: u8> {
     simd: S,
-    tile: Tile,
+    tiles: Tiles,
 }
 
 impl<S: Simd, const R: usize, const V: usize, const LEFT: u8> NullaryFnOnce
@@ -138,84 +156,108 @@ impl<S: Simd, const R: usize, const V: usize, const LEFT: u8> NullaryFnOnce
 
     #[inline(always)]
     fn call(self) {
-        let Self { simd, tile } = self;
-        let lanes = S::F32_LANES;
-        let mut acc = [[simd.splat_f32s(0.0); V]; R];
-        let mut b = tile.b;
-        // One pointer a row, which the compiler must not see as multiples of a stride: it would keep the
-        // stride on the stack and load it before every element. Packed and copied rows are constants apart.
-        let rows: [*const f32; R] = core::array::from_fn(|i| match LEFT {
-            PACKED => tile.a.wrapping_add(i),
-            COPIED => tile.a.wrapping_add(i * COPIED_ROW),
-            _ => core::hint::black_box(tile.a.wrapping_add(i * tile.a_row)),
-        });
-        let step = if LEFT == PACKED { tile_shape::<S>().0 } else { 1 };
-        let mut at = 0;
-        // The result is needed at the end, by when it has come.
-        for i in 0..R {
-            prefetch(tile.c.wrapping_add(i * tile.c_stride), V * lanes);
-        }
-        // SAFETY: the tile's operands hold `k` terms of R rows and NR columns, the result R x cols elements
-        // (the contract of `run_tile`).
-        unsafe {
-            for _ in 0..tile.k / UNROLL {
-                for t in 0..UNROLL {
-                    acc = add_term(simd, rows, acc, at + t * step, b);
-                    b = b.wrapping_add(tile.b_step);
-                }
-                at += UNROLL * step;
+        let Self { simd, mut tiles } = self;
+        let columns = V * S::F32_LANES;
+        // The rows of the result that the tiles come to when as many terms have passed as memory takes time.
+        let ahead = (RESULT_AHEAD / tiles.k.max(1)).min(tiles.count);
+        let part = (tiles.k * columns).div_ceil(tiles.count.max(1));
+        for i in 0..tiles.count {
+            if let Some(next) = tiles.next_b {
+                prefetch_outer(next.wrapping_add(i * part), part);
             }
-            for _ in 0..tile.k % UNROLL {
-                acc = add_term(simd, rows, acc, at, b);
-                at += step;
+            let c = if i + ahead < tiles.count {
+                tiles.c.wrapping_add(ahead * tiles.c_step)
+            } else {
+                tiles.next_c.wrapping_add((i + ahead - tiles.count) * tiles.c_step)
+            };
+            for i in 0..R {
+                prefetch_to_write(c.wrapping_add(i * tiles.c_stride).cast_const(), columns);
+            }
+            // SAFETY: what the caller of `run_tiles` vouches for, tile by tile.
+            unsafe { one_tile::<S, R, V, LEFT>(simd, tiles) };
+            tiles.a = tiles.a.wrapping_add(tiles.a_step);
+            tiles.b = tiles.b.wrapping_add(tiles.panel_step);
+            tiles.c = tiles.c.wrapping_add(tiles.c_step);
+        }
+    }
+}
+
+/// The first of `tiles`.
+///
+/// # Safety
+/// As [`run_tiles`].
+#[inline(always)]
+unsafe fn one_tile<S: Simd, const R: usize, const V: usize, const LEFT: u8>(simd: S, tile: Tiles) {
+    let lanes = S::F32_LANES;
+    let mut acc = [[simd.splat_f32s(0.0); V]; R];
+    let mut b = tile.b;
+    // One pointer a row, which the compiler must not see as multiples of a stride: it would keep the
+    // stride on the stack and load it before every element. Packed and copied rows are constants apart.
+    let rows: [*const f32; R] = core::array::from_fn(|i| match LEFT {
+        PACKED => tile.a.wrapping_add(i),
+        COPIED => tile.a.wrapping_add(i * COPIED_ROW),
+        _ => core::hint::black_box(tile.a.wrapping_add(i * tile.a_row)),
+    });
+    let step = if LEFT == PACKED { tile_shape::<S>().0 } else { 1 };
+    let mut at = 0;
+    // SAFETY: the tile's operands hold `k` terms of R rows and NR columns, the result R x cols elements.
+    unsafe {
+        for _ in 0..tile.k / UNROLL {
+            for t in 0..UNROLL {
+                acc = add_term(simd, rows, acc, at + t * step, b);
                 b = b.wrapping_add(tile.b_step);
             }
-            // A copy in memory for loops that index it: without it, the sums themselves may lie there all along.
-            let acc = core::hint::black_box(acc);
-            if tile.cols == V * lanes {
-                for (i, row) in acc.iter().enumerate() {
-                    for (v, &sum) in row.iter().enumerate() {
-                        let out = tile.c.add(i * tile.c_stride + v * lanes).cast::<S::f32s>();
-                        let sum =
-                            if tile.add { simd.add_f32s(out.read_unaligned(), sum) } else { sum };
-                        out.write_unaligned(sum);
-                    }
+            at += UNROLL * step;
+        }
+        for _ in 0..tile.k % UNROLL {
+            acc = add_term(simd, rows, acc, at, b);
+            at += step;
+            b = b.wrapping_add(tile.b_step);
+        }
+        // A copy in memory for loops that index it: without it, the sums themselves may lie there all along.
+        let acc = core::hint::black_box(acc);
+        if tile.cols == V * lanes {
+            for (i, row) in acc.iter().enumerate() {
+                for (v, &sum) in row.iter().enumerate() {
+                    let out = tile.c.add(i * tile.c_stride + v * lanes).cast::<S::f32s>();
+                    let sum = if tile.add { simd.add_f32s(out.read_unaligned(), sum) } else { sum };
+                    out.write_unaligned(sum);
                 }
-            } else {
-                for (i, row) in acc.iter().enumerate() {
-                    let mut buffer = [0.0f32; MAX_NR];
-                    for (v, &sum) in row.iter().enumerate() {
-                        buffer.as_mut_ptr().add(v * lanes).cast::<S::f32s>().write_unaligned(sum);
-                    }
-                    for (j, &sum) in buffer.iter().take(tile.cols).enumerate() {
-                        let out = tile.c.add(i * tile.c_stride + j);
-                        *out = if tile.add { *out + sum } else { sum };
-                    }
+            }
+        } else {
+            for (i, row) in acc.iter().enumerate() {
+                let mut buffer = [0.0f32; MAX_NR];
+                for (v, &sum) in row.iter().enumerate() {
+                    buffer.as_mut_ptr().add(v * lanes).cast::<S::f32s>().write_unaligned(sum);
+                }
+                for (j, &sum) in buffer.iter().take(tile.cols).enumerate() {
+                    let out = tile.c.add(i * tile.c_stride + j);
+                    *out = if tile.add { *out + sum } else { sum };
                 }
             }
         }
     }
 }
 
-/// Computes one tile.
+/// Computes tiles, all of them in one call: setting out for each by itself takes a twentieth of its time.
 ///
 /// # Safety
-/// `a` must hold `k` terms of `rows` rows, `b` `k` terms of NR columns (padding included), `c` `rows` rows of
-/// `cols` elements that nobody else touches.
+/// For each tile `a` must hold `k` terms of `rows` rows, `b` `k` terms of NR columns (padding included), `c` `rows`
+/// rows of `cols` elements that nobody else touches.
 #[inline(always)]
-pub(super) unsafe fn run_tile<S: Simd>(simd: S, tile: Tile) {
+pub(super) unsafe fn run_tiles<S: Simd>(simd: S, tiles: Tiles) {
     macro_rules! rows {
         ($v:literal, $($r:literal)*) => {
-            match tile.rows {
-                $($r => match tile.left {
+            match tiles.rows {
+                $($r => match tiles.left {
                     Left::InPlace => {
-                        simd.vectorize(TileRows::<S, $r, $v, IN_PLACE> { simd, tile });
+                        simd.vectorize(TileRows::<S, $r, $v, IN_PLACE> { simd, tiles });
                     }
                     Left::Copied => {
-                        simd.vectorize(TileRows::<S, $r, $v, COPIED> { simd, tile });
+                        simd.vectorize(TileRows::<S, $r, $v, COPIED> { simd, tiles });
                     }
                     Left::Packed => {
-                        simd.vectorize(TileRows::<S, $r, $v, PACKED> { simd, tile });
+                        simd.vectorize(TileRows::<S, $r, $v, PACKED> { simd, tiles });
                     }
                 },)*
                 _ => {}

@@ -8,10 +8,8 @@
 
 use super::kernel::{KC, Operand, tile_columns, tile_shape};
 use super::transpose::transpose_block;
+use crate::simd::{LINE, prefetch};
 use pulp::Simd;
-
-/// f32 values in a cache line.
-const LINE: usize = 16;
 
 /// Elements from one copied row of the left operand to the next. A constant, which the tile's addresses contain.
 pub(super) const COPIED_ROW: usize = KC + LINE;
@@ -37,20 +35,6 @@ pub(super) const fn panel_stride<S: Simd>(k: usize) -> usize {
 #[inline(always)]
 pub(super) const fn tile_stride<S: Simd>(k: usize) -> usize {
     (k * tile_shape::<S>().0).next_multiple_of(LINE) + LINE
-}
-
-/// Asks for the cache lines of `values` elements, where the processor can be asked.
-#[inline(always)]
-pub(super) fn prefetch(from: *const f32, values: usize) {
-    #[cfg(target_arch = "x86_64")]
-    for i in (0..values).step_by(LINE) {
-        use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: every x86-64 processor has the instruction, which changes nothing that the program sees and
-        // takes any address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(i).cast()) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (from, values);
 }
 
 /// Packs `k` terms of `cols` columns of `b` (element (k, j) at row k, column j) into panels of NR columns,

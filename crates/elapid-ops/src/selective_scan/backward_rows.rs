@@ -6,7 +6,9 @@ use pulp::Simd;
 use super::backward::{BackwardUnit, Work, add_wide};
 use super::field::Field;
 use super::stage::stage;
-use super::tile::{TOGETHER, load_step, load_vectors, steps_stride, store_step, store_vectors};
+use super::tile::{
+    AHEAD, TOGETHER, load_step, load_vectors, steps_stride, store_step, store_vectors,
+};
 use crate::simd::{load, silu_with_derivative_each, store};
 
 impl<F: Field> BackwardUnit<'_, F> {
@@ -83,6 +85,7 @@ impl<F: Field> BackwardUnit<'_, F> {
     pub(super) fn finish<S: Simd>(&self, simd: S, work: &mut Work<'_>, start: usize, steps: usize) {
         let (stride, vectors) = (steps_stride::<S>(steps), self.tile.vectors::<S>());
         for i in 0..steps {
+            self.prefetch_outputs(start + i);
             let mut v = 0;
             while v < vectors {
                 let at = (v * stride + i * S::F32_LANES, stride);
@@ -98,6 +101,21 @@ impl<F: Field> BackwardUnit<'_, F> {
         let width = vectors * S::F32_LANES;
         add_wide(work.dd, &work.sums[..width]);
         add_wide(work.dbias, &work.sums[width..2 * width]);
+    }
+
+    /// Asks for the rows that [`Self::finish`] writes [`AHEAD`] of token `t`: a write waits for its line, and a few
+    /// waiting ones are all that the processor holds.
+    #[inline(always)]
+    fn prefetch_outputs(&self, t: usize) {
+        let (x, tile, target) = (self.x, &self.tile, self.target);
+        if t + AHEAD < x.u.rows {
+            let row = (t + AHEAD) * x.channels + tile.first;
+            target.du.prefetch(row, tile.width);
+            target.ddelta.prefetch(row, tile.width);
+            if x.z.is_some() {
+                target.dz.prefetch(row, tile.width);
+            }
+        }
     }
 
     /// [`Self::finish`] for vectors `v..v + K` of token `t`.

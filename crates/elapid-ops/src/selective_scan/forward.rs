@@ -14,8 +14,8 @@ use super::field::Field;
 use super::scratch::{Parts, Scratch, Shared, padded};
 use super::stage::stage;
 use super::tile::{
-    CHUNK, Coefficients, TOGETHER, Tile, gather, largest, load_step, load_vectors, raise, scatter,
-    steps_stride, store_vectors,
+    AHEAD, CHUNK, Coefficients, TOGETHER, Tile, gather, largest, load_step, load_vectors, raise,
+    scatter, steps_stride, store_vectors,
 };
 use crate::simd::{DECAY_RANGE, decay_constants, silu_each};
 
@@ -313,6 +313,9 @@ fn finish<S: Simd, F: Field>(
         let t = start + i;
         if let Some(z) = &x.z {
             tile.prefetch(z, t);
+        }
+        if t + AHEAD < x.u.rows {
+            out.prefetch((t + AHEAD) * x.channels + tile.first, tile.width);
         }
         // SAFETY: tiles are disjoint in channels and pieces in tokens.
         let row = unsafe { out.part(t * x.channels + tile.first, tile.width) };

@@ -3,13 +3,12 @@
 
 use std::cell::Cell;
 
+use crate::simd::{LINE, prefetch_to_write};
+
 /// A cache line, so that no vector straddles two.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Line([f32; LINE]);
-
-/// f32 values in a cache line.
-pub(super) const LINE: usize = 16;
 
 /// Rounds a number of f32 values up to whole cache lines.
 pub(super) const fn padded(values: usize) -> usize {
@@ -61,19 +60,6 @@ impl<'a> Parts<'a> {
     }
 }
 
-/// Asks for the cache lines of `values`, where the processor can be asked.
-#[inline(always)]
-pub(super) fn prefetch(values: &[f32]) {
-    #[cfg(target_arch = "x86_64")]
-    for line in values.chunks(LINE) {
-        use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: every x86-64 processor has the instruction, and it changes nothing that the program sees.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = values;
-}
-
 /// An output array that parallel work writes without overlap.
 #[derive(Clone, Copy)]
 pub(super) struct Shared<T> {
@@ -102,5 +88,13 @@ impl<T> Shared<T> {
         assert!(start <= self.len && len <= self.len - start);
         // SAFETY: in bounds by the assertion, exclusive by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
+    }
+}
+
+impl Shared<f32> {
+    /// Asks for the cache lines of `len` elements from `start` on, which will be written.
+    #[inline(always)]
+    pub(super) fn prefetch(&self, start: usize, len: usize) {
+        prefetch_to_write(self.start.wrapping_add(start).cast_const(), len);
     }
 }

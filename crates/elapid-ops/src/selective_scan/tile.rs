@@ -6,9 +6,8 @@ use pulp::Simd;
 
 use super::arguments::Projection;
 use super::field::Field;
-use super::scratch::{LINE, prefetch};
 use crate::matmul::transpose_block;
-use crate::simd::{load, store};
+use crate::simd::{LINE, load, prefetch, store};
 
 /// Steps between two states that the forward saves for the backward, counted from the sequence's start.
 pub const CHUNK: usize = 64;
@@ -18,7 +17,7 @@ pub const CHUNK: usize = 64;
 pub(super) const TOGETHER: usize = 4;
 
 /// Steps by which the passes over rows ask for memory ahead.
-const AHEAD: usize = 6;
+pub(super) const AHEAD: usize = 6;
 
 /// Neighbouring channels of one group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,7 +92,8 @@ impl Tile {
     #[inline(always)]
     pub(super) fn prefetch(&self, view: &RowView<'_, f32>, t: usize) {
         if t + AHEAD < view.rows {
-            prefetch(&view.data[(t + AHEAD) * view.stride + self.first..][..self.width]);
+            let row = &view.data[(t + AHEAD) * view.stride + self.first..][..self.width];
+            prefetch(row.as_ptr(), row.len());
         }
     }
 

@@ -9,12 +9,14 @@
 //! - [`exp`], [`exp2`], [`decay_exp2`] and [`sin_cos`]: `exponential.rs`, `trigonometric.rs`.
 //! - [`sigmoid`], [`silu`], [`softplus`] and their derivatives: `activation.rs`.
 //! - The same over slices: `slices.rs`.
+//! - Asking for memory ahead: `ahead.rs`.
 
 use std::sync::OnceLock;
 
 use pulp::{Arch, Simd, WithSimd};
 
 mod activation;
+mod ahead;
 mod exponential;
 mod slices;
 #[cfg(test)]
@@ -25,6 +27,9 @@ pub use activation::{
     SOFTPLUS_THRESHOLD, sigmoid, sigmoid_derivative, sigmoid_each, silu, silu_derivative,
     silu_each, silu_with_derivative, silu_with_derivative_each, softplus, softplus_derivative,
     softplus_each, softplus_with_derivative_each,
+};
+pub(crate) use ahead::{
+    LINE, prefetch, prefetch_line, prefetch_line_to_write, prefetch_outer, prefetch_to_write,
 };
 pub use exponential::{
     DECAY_RANGE, DecayConstants, decay_constants, decay_exp2, decay_exp2_in_range, exp, exp2,
