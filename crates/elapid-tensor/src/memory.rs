@@ -5,7 +5,12 @@
 //! more wait in size classes (eight to a power of two, so at most an eighth is wasted). The cache never
 //! holds more than the program's own peak needed. Memory is zeroed when it comes from the system and is
 //! always initialised afterwards, so a recycled block holds stale values, never undefined ones.
+//!
+//! Large blocks ask for huge pages where the system has them (Linux): kernels that walk rows far apart come to a new page
+//! with every row, and finding a page costs more than reading it.
 
+#[cfg(target_os = "linux")]
+use std::alloc::alloc;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
@@ -17,6 +22,8 @@ use crate::Element;
 
 const ALIGN: usize = 64;
 const POOLED_FROM: usize = 32 << 10;
+/// A huge page; blocks of this size and more start on one.
+const HUGE: usize = 2 << 20;
 
 /// Bytes held by tensors and by the recycling cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -85,14 +92,39 @@ fn size_class(bytes: usize) -> usize {
 
 fn block_layout(capacity: usize) -> Layout {
     // The size is a multiple of 64 made from a real request; only a request near isize::MAX can fail.
-    Layout::from_size_align(capacity, ALIGN).expect("a tensor's size fits the address space")
+    let align = if capacity < HUGE { ALIGN } else { HUGE };
+    Layout::from_size_align(capacity, align).expect("a tensor's size fits the address space")
 }
 
 fn system_block(capacity: usize) -> NonNull<u8> {
     let layout = block_layout(capacity);
+    #[cfg(target_os = "linux")]
+    if capacity >= HUGE {
+        // SAFETY: the layout's size is not zero, and the block is written as long as it is.
+        let block = unsafe {
+            let block = NonNull::new(alloc(layout)).unwrap_or_else(|| handle_alloc_error(layout));
+            ask_for_huge_pages(block, capacity);
+            block.write_bytes(0, capacity);
+            block
+        };
+        return block;
+    }
     // SAFETY: the layout's size is at least 64.
     let pointer = unsafe { alloc_zeroed(layout) };
     NonNull::new(pointer).unwrap_or_else(|| handle_alloc_error(layout))
+}
+
+/// Asks for huge pages behind the whole ones of a block, so that it takes no more memory than it is long. A system
+/// without them refuses, which changes nothing.
+///
+/// # Safety
+/// The block must be `capacity` bytes long and the caller's.
+#[cfg(target_os = "linux")]
+unsafe fn ask_for_huge_pages(block: NonNull<u8>, capacity: usize) {
+    // SAFETY: the advice changes how memory is backed, never what it holds.
+    unsafe {
+        libc::madvise(block.as_ptr().cast(), capacity / HUGE * HUGE, libc::MADV_HUGEPAGE);
+    }
 }
 
 /// An aligned, initialised block of bytes that returns to the pool when dropped.
