@@ -70,6 +70,10 @@ impl Limit {
     }
 }
 
+/// Least samples of the memory's rate: on a shared machine it moves by a fifth within a second, so the median of a few
+/// neighbouring ones tells of that moment only.
+const MEMORY_SAMPLES: usize = 21;
+
 /// Samples of one rate.
 #[derive(Debug, Serialize)]
 pub struct Rate {
@@ -184,6 +188,10 @@ impl Meter {
 
     fn survey_one(&mut self, limit: Limit, repeats: usize) -> Survey {
         let threads = self.threads;
+        let repeats = match limit {
+            Limit::MemoryRead => repeats.max(MEMORY_SAMPLES),
+            Limit::MatrixF32 | Limit::StateUpdates => repeats,
+        };
         self.sample_with(limit, threads);
         let (mut one, mut all) = (Vec::new(), Vec::new());
         for _ in 0..repeats {
