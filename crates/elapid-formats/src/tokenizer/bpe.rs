@@ -1,4 +1,4 @@
-//! A `tokenizer.json` whose model is byte-pair encoding, read into the library's parts.
+//! Byte-pair encoding, from a `tokenizer.json` or the lists of another file, brought into the library's parts.
 //!
 //! The library's own reader goes through a tree of values, which takes longer than the weights of a small model, and
 //! takes for granted that merges fit the vocabulary.
@@ -7,6 +7,7 @@ use std::fmt;
 
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, IgnoredAny, SeqAccess, Visitor};
+use serde_json::Value;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::{
     AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper,
@@ -28,7 +29,7 @@ struct ModelOutline {
 
 // Padding and truncation are left out.
 #[derive(Deserialize)]
-struct File {
+struct File<M> {
     version: Option<String>,
     #[serde(default)]
     added_tokens: Vec<AddedToken>,
@@ -36,11 +37,12 @@ struct File {
     pre_tokenizer: Option<PreTokenizerWrapper>,
     post_processor: Option<PostProcessorWrapper>,
     decoder: Option<DecoderWrapper>,
-    model: Model,
+    model: M,
 }
 
-#[derive(Deserialize)]
-struct Model {
+/// The model of a file.
+#[derive(Deserialize, Default)]
+pub(super) struct Model {
     dropout: Option<f32>,
     unk_token: Option<String>,
     continuing_subword_prefix: Option<String>,
@@ -53,7 +55,7 @@ struct Model {
 }
 
 /// Two tokens that become one: an array of both, or one text with a space between them.
-struct Merge(String, String);
+pub(super) struct Merge(pub(super) String, pub(super) String);
 
 impl<'de> Deserialize<'de> for Merge {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -102,11 +104,22 @@ pub(super) fn describes(text: &[u8]) -> bool {
 
 /// The tokenizer of such a file.
 pub(super) fn read(text: &[u8]) -> tokenizers::Result<Tokenizer> {
-    let file: File = serde_json::from_slice(text)?;
+    assemble(serde_json::from_slice::<File<Model>>(text)?, Model::build)
+}
+
+/// The tokenizer of a file without a model, and that model.
+pub(super) fn with_model(rest: Value, model: Model) -> tokenizers::Result<Tokenizer> {
+    assemble(serde_json::from_value::<File<Option<IgnoredAny>>>(rest)?, |_| model.build())
+}
+
+fn assemble<M>(
+    file: File<M>,
+    model: impl FnOnce(M) -> tokenizers::Result<BPE>,
+) -> tokenizers::Result<Tokenizer> {
     if let Some(version) = file.version.filter(|version| version != "1.0") {
         return Err(format!("version {version}, expected 1.0").into());
     }
-    let mut tokenizer = Tokenizer::new(file.model.build()?);
+    let mut tokenizer = Tokenizer::new(model(file.model)?);
     tokenizer.with_normalizer(file.normalizer)?;
     tokenizer.with_pre_tokenizer(file.pre_tokenizer);
     tokenizer.with_post_processor(file.post_processor);
@@ -116,6 +129,11 @@ pub(super) fn read(text: &[u8]) -> tokenizers::Result<Tokenizer> {
 }
 
 impl Model {
+    /// Of plain lists. If `ignore_merges`, a word that is a token needs no merges.
+    pub(super) fn of_lists(vocab: Vocab, merges: Vec<Merge>, ignore_merges: bool) -> Self {
+        Self { vocab, merges, ignore_merges: Some(ignore_merges), ..Self::default() }
+    }
+
     fn build(self) -> tokenizers::Result<BPE> {
         let prefix = self.continuing_subword_prefix.as_deref().unwrap_or_default().len();
         let longest = self.vocab.keys().map(String::len).max().unwrap_or_default();
@@ -151,9 +169,9 @@ impl Model {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::{Value, json};
+    use serde_json::json;
 
-    use super::{Tokenizer, describes, read};
+    use super::{Tokenizer, Value, describes, read};
 
     fn with(model: Value) -> String {
         json!({

@@ -75,16 +75,20 @@ impl Tokenizer {
     /// # Errors
     /// If it describes no tokenizer that is known.
     pub fn from_json(source: &Path, text: &[u8]) -> Result<Self> {
-        Self::build(source, text, Vec::new())
-    }
-
-    fn build(source: &Path, text: &[u8], end_of_sequence: Vec<u32>) -> Result<Self> {
-        let refuse = |error: tokenizers::Error| {
-            Error::format(source, format!("no usable tokenizer: {error}"))
-        };
         let inner = match bpe::describes(text) {
             true => bpe::read(text),
             false => tokenizers::Tokenizer::from_bytes(text),
+        };
+        Self::build(source, inner, Vec::new())
+    }
+
+    fn build(
+        source: &Path,
+        inner: tokenizers::Result<tokenizers::Tokenizer>,
+        end_of_sequence: Vec<u32>,
+    ) -> Result<Self> {
+        let refuse = |error: tokenizers::Error| {
+            Error::format(source, format!("no usable tokenizer: {error}"))
         };
         let mut inner = inner.map_err(refuse)?;
         inner.with_padding(None);

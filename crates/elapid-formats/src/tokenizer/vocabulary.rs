@@ -8,8 +8,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
+use tokenizers::models::bpe::Vocab;
 
-use super::Tokenizer;
+use super::{Tokenizer, bpe};
 use crate::{Error, Result};
 
 /// What a token is (`tokenizer.ggml.token_type`).
@@ -120,20 +121,26 @@ fn division(pre: &str) -> Option<Value> {
     })
 }
 
+fn refused(source: &Path, key: &str, expected: &str, found: String) -> Error {
+    Error::Config {
+        path: source.into(),
+        key: format!("tokenizer.ggml.{key}"),
+        expected: expected.into(),
+        found,
+    }
+}
+
 impl Vocabulary {
     /// The tokenizer, or none if the file says that it has none. `source` is for errors.
     ///
     /// # Errors
     /// If it is of a kind that is not known here, or its lists do not fit each other.
     pub fn tokenizer(&self, source: &Path) -> Result<Option<Tokenizer>> {
-        match self.to_json(source)? {
-            None => Ok(None),
-            Some(value) => {
-                let text = value.to_string();
-                let end = self.end_of_sequence.into_iter().collect();
-                Tokenizer::build(source, text.as_bytes(), end).map(Some)
-            }
-        }
+        let Some((rest, ignore_merges)) = self.without_model(source)? else { return Ok(None) };
+        let (vocab, merges) = self.vocab_and_merges(source)?;
+        let model = bpe::Model::of_lists(vocab, merges, ignore_merges);
+        let end = self.end_of_sequence.into_iter().collect();
+        Tokenizer::build(source, bpe::with_model(rest, model), end).map(Some)
     }
 
     /// The vocabulary as a `tokenizer.json`, or none if the file says that it has none.
@@ -141,14 +148,51 @@ impl Vocabulary {
     /// # Errors
     /// As [`Vocabulary::tokenizer`].
     pub fn to_json(&self, source: &Path) -> Result<Option<Value>> {
-        let refuse = |key: &str, expected: &str, found: String| {
-            Err(Error::Config {
-                path: source.into(),
-                key: format!("tokenizer.ggml.{key}"),
-                expected: expected.into(),
-                found,
-            })
-        };
+        let Some((mut file, ignore_merges)) = self.without_model(source)? else { return Ok(None) };
+        let (vocab, merges) = self.vocab_and_merges(source)?;
+        let mut vocabulary: Vec<_> = vocab.into_iter().collect();
+        vocabulary.sort_unstable_by_key(|&(_, id)| id);
+        let vocabulary: Map<String, Value> =
+            vocabulary.into_iter().map(|(token, id)| (token, json!(id))).collect();
+        let merges: Vec<Value> =
+            merges.into_iter().map(|bpe::Merge(left, right)| json!([left, right])).collect();
+        file["model"] = json!({
+            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
+            "ignore_merges": ignore_merges, "vocab": vocabulary, "merges": merges,
+        });
+        Ok(Some(file))
+    }
+
+    /// The id of every token, and the merges.
+    fn vocab_and_merges(&self, source: &Path) -> Result<(Vocab, Vec<bpe::Merge>)> {
+        let refuse = |key, expected, found| Err(refused(source, key, expected, found));
+        let mut vocab = Vocab::with_capacity(self.tokens.len());
+        for (id, token) in (0..).zip(&self.tokens) {
+            if vocab.insert(token.clone(), id).is_some() {
+                return refuse("tokens", "every token once", format!("{token:?} twice"));
+            }
+        }
+        let mut merges = Vec::with_capacity(self.merges.len());
+        for merge in &self.merges {
+            match merge.split_once(' ') {
+                Some((left, right)) if !left.is_empty() && !right.is_empty() => {
+                    merges.push(bpe::Merge(left.into(), right.into()));
+                }
+                _ => {
+                    let expected = "two tokens with a space between";
+                    return refuse("merges", expected, format!("{merge:?}"));
+                }
+            }
+        }
+        Ok((vocab, merges))
+    }
+
+    /// The `tokenizer.json` without its model, and whether a word that is a token needs no merges; none if the file says
+    /// that it has no vocabulary.
+    fn without_model(&self, source: &Path) -> Result<Option<(Value, bool)>> {
+        let refuse =
+            |key: &str, expected: &str, found: String| Err(refused(source, key, expected, found));
         match self.model.as_str() {
             "gpt2" => {}
             "" | "none" | "no_vocab" => return Ok(None),
@@ -177,28 +221,7 @@ impl Vocabulary {
                 return refuse(key, &format!("an id below {count}"), id.to_string());
             }
         }
-        let mut vocabulary = Map::new();
-        for (id, token) in self.tokens.iter().enumerate() {
-            if vocabulary.insert(token.clone(), json!(id)).is_some() {
-                return refuse("tokens", "every token once", format!("{token:?} twice"));
-            }
-        }
-        let mut merges = Vec::with_capacity(self.merges.len());
-        for merge in &self.merges {
-            match merge.split_once(' ') {
-                Some((left, right)) if !left.is_empty() && !right.is_empty() => {
-                    merges.push(json!([left, right]));
-                }
-                _ => {
-                    return refuse(
-                        "merges",
-                        "two tokens with a space between",
-                        format!("{merge:?}"),
-                    );
-                }
-            }
-        }
-        Ok(Some(json!({
+        let file = json!({
             "version": "1.0",
             "truncation": null,
             "padding": null,
@@ -207,13 +230,8 @@ impl Vocabulary {
             "pre_tokenizer": pre_tokenizer,
             "post_processor": self.post_processor(),
             "decoder": byte_level(true),
-            "model": {
-                "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-                "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
-                "ignore_merges": LLAMA3.contains(&pre),
-                "vocab": vocabulary, "merges": merges,
-            },
-        })))
+        });
+        Ok(Some((file, LLAMA3.contains(&pre))))
     }
 
     fn kind(&self, id: usize) -> TokenKind {
