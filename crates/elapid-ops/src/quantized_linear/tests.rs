@@ -148,6 +148,7 @@ fn of<B: unpack::Blocks>(weight: &Weight<'_>, x: &Activations<'_>) {
         Range<usize>,
         Output,
     );
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]
     let mut kernels: Vec<(&str, Kernel)> = vec![("portable", panel::portable::<B>)];
     #[cfg(target_arch = "x86_64")]
     {
