@@ -59,8 +59,9 @@ KERNEL(decode_input, InputArguments, Block<SHARES>::THREADS, FEW_COLUMNS_BLOCKS)
         }
 #pragma unroll
         for (int i = 0; i < TURN; ++i) {
-            // Without a tail, numbers that nobody uses: no branch keeps loads apart.
-            const float* from = is_x && own_slots[i] >= 0 ? tail + own_slots[i] * tail_stride : args.taps;
+            // Reading something else instead keeps the loads together, but of z's rows all would read the same place.
+            if (!is_x || own_slots[i] < 0) continue;
+            const float* from = tail + own_slots[i] * tail_stride;
 #pragma unroll
             for (int k = 0; k + 1 < TAPS; ++k) tails[i][k] = load_fresh(from + k);
         }
