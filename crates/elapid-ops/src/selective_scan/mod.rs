@@ -125,7 +125,7 @@ pub struct Projected {
     pub state: Tensor,
 }
 
-/// [`selective_scan`] and [`linear`](crate::matmul::linear) of its output. On a GPU a gated scan's output is not kept for the gradient of the
+/// [`selective_scan`] and [`linear`] of its output. On a GPU a gated scan's output is not kept for the gradient of the
 /// weight `[D, E]`: the scan's backward makes it again on its way.
 ///
 /// # Errors
