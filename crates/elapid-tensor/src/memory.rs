@@ -2,9 +2,11 @@
 //!
 //! A training step asks for the same few sizes again and again. Handing such blocks back to the system
 //! and faulting them in anew costs more than the arithmetic done on them, so freed blocks of 32 KiB and
-//! more wait in size classes (eight to a power of two, so at most an eighth is wasted). The cache never
-//! holds more than the program's own peak needed. Memory is zeroed when it comes from the system and is
-//! always initialised afterwards, so a recycled block holds stale values, never undefined ones.
+//! more wait in size classes (eight to a power of two, so at most an eighth is wasted). In use and waiting
+//! they take at most an eighth more than the program's own peak: without that room, a step whose sizes change
+//! as it goes would give blocks back for others and later ask for them again. Memory is zeroed when it comes
+//! from the system and is always initialised afterwards, so a recycled block holds stale values, never
+//! undefined ones.
 //!
 //! Large blocks ask for huge pages where the system has them (Linux): kernels that walk rows far apart come to a new page
 //! with every row, and finding a page costs more than reading it.
@@ -24,6 +26,8 @@ const ALIGN: usize = 64;
 const POOLED_FROM: usize = 32 << 10;
 /// A huge page; blocks of this size and more start on one.
 const HUGE: usize = 2 << 20;
+/// The cache may lift the total above the peak of real use by this fraction of it.
+const SLACK: usize = 8;
 
 /// Bytes held by tensors and by the recycling cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -184,9 +188,10 @@ impl Block {
 }
 
 impl Pool {
-    /// Frees cached blocks so that a new block does not lift the total above the peak of real use.
+    /// Frees cached blocks so that a new block does not lift the total too far above the peak of real use.
     fn make_room(&mut self, wanted: usize) {
-        let mut excess = (self.usage.in_use + self.usage.cached).saturating_sub(self.high_water);
+        let limit = self.high_water + self.high_water / SLACK;
+        let mut excess = (self.usage.in_use + self.usage.cached).saturating_sub(limit);
         excess = excess.min(self.usage.cached).min(wanted);
         while excess > 0 {
             let Some((&capacity, _)) =

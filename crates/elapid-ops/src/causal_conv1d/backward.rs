@@ -31,7 +31,7 @@ impl Convolution<'_> {
                 dispatch(Block { conv: *self, outer, first: i * BLOCK, dx })
             };
             let partial: Vec<Vec<f32>> = if self.is_parallel() {
-                dx.par_chunks_mut(BLOCK * channels).enumerate().map(block).collect()
+                dx.par_chunks_mut(BLOCK * channels).with_max_len(1).enumerate().map(block).collect()
             } else {
                 dx.chunks_mut(BLOCK * channels).enumerate().map(block).collect()
             };

@@ -73,7 +73,7 @@ impl<'a> Convolution<'a> {
         let block =
             |(i, y): (usize, &mut [f32])| dispatch(Forward { conv: *self, first: i * BLOCK, y });
         if self.is_parallel() {
-            y.par_chunks_mut(BLOCK * channels).enumerate().for_each(block);
+            y.par_chunks_mut(BLOCK * channels).with_max_len(1).enumerate().for_each(block);
         } else {
             y.chunks_mut(BLOCK * channels).enumerate().for_each(block);
         }

@@ -63,7 +63,10 @@ pub(super) fn forward(
         work(0, &mut y, &mut sum);
     } else {
         let blocks = y.par_chunks_mut(BLOCK * c).zip(sum.par_chunks_mut(BLOCK * c));
-        blocks.enumerate().for_each(|(block, (y, sum))| work(block * BLOCK, y, sum));
+        blocks
+            .with_max_len(1)
+            .enumerate()
+            .for_each(|(block, (y, sum))| work(block * BLOCK, y, sum));
     }
     (y, Some(sum))
 }
@@ -107,7 +110,7 @@ pub(super) fn backward(
             work(block, dr, partial);
         }
     } else {
-        blocks.for_each(|(block, (dr, partial))| work(block, dr, partial));
+        blocks.with_max_len(1).for_each(|(block, (dr, partial))| work(block, dr, partial));
     }
     for partial in partial.chunks_exact(2 * c) {
         for (sum, value) in dweight.iter_mut().zip(&partial[..c]) {
@@ -125,6 +128,7 @@ fn by_blocks(rows: &mut [f32], c: usize, work: impl Fn(usize, &mut [f32]) + Sync
         work(0, rows);
     } else {
         rows.par_chunks_mut(BLOCK * c)
+            .with_max_len(1)
             .enumerate()
             .for_each(|(block, rows)| work(block * BLOCK, rows));
     }

@@ -78,7 +78,8 @@ fn is_parallel(x: &Arguments<'_, f32>) -> bool {
 /// Runs units `0..count`, on several threads if that pays.
 pub(super) fn for_each(parallel: bool, count: usize, unit: impl Fn(usize) + Sync + Send) {
     if parallel {
-        (0..count).into_par_iter().for_each(unit);
+        // One by one: left to itself, the iterator hands out quarters, and a thread that is held up keeps its own.
+        (0..count).into_par_iter().with_max_len(1).for_each(unit);
     } else {
         (0..count).for_each(unit);
     }

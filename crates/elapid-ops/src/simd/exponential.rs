@@ -125,10 +125,12 @@ pub type DecayConstants<S> = [<S as Simd>::f32s; 7];
 #[inline(always)]
 pub fn decay_constants<S: Simd>(simd: S) -> DecayConstants<S> {
     let [a, b, c, d, e] = EXP2_SHORT;
-    [ROUND, e, d, c, b, a, 1.0].map(
-        #[inline(always)]
-        |c| simd.splat_f32s(c),
-    )
+    let mut constants = [simd.splat_f32s(ROUND); 7];
+    // No `map`: the closure would be compiled, and called, without the kernel's instruction set.
+    for (constant, value) in constants[1..].iter_mut().zip([e, d, c, b, a, 1.0]) {
+        *constant = simd.splat_f32s(value);
+    }
+    constants
 }
 
 /// [`decay_exp2`] of several vectors without its clamps, for |x| <= [`DECAY_RANGE`]: the integer is added to the
