@@ -93,7 +93,7 @@ pub struct Generated {
     pub state: State,
     /// [V]: what the last token that the state has read predicts. Given back with the state and an empty prompt, the
     /// last token is sampled anew; after a request of 0 tokens, this forks a prompt that was read once. None if the
-    /// sequence was interrupted, or its tokens were chosen on a GPU.
+    /// sequence was interrupted, or its last token was chosen on a GPU.
     pub logits: Option<Arc<[f32]>>,
 }
 

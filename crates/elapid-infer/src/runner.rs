@@ -5,11 +5,11 @@ use std::ops::ControlFlow;
 
 use elapid_models::{Context, LanguageModel, MambaConfig, State};
 use elapid_tensor::autograd::no_grad;
-use elapid_tensor::{Device, Sequences, Tensor};
+use elapid_tensor::{Device, Sequence, Sequences, Tensor};
 
 use crate::generate::{Event, Generation, Options, Request};
 use crate::gpu_steps::GpuSteps;
-use crate::{Error, Result};
+use crate::{Error, Result, Sampling};
 
 /// Logits are made for so many values at a time (16 MB).
 pub(crate) const LOGITS_AT_ONCE: usize = 1 << 22;
@@ -25,6 +25,19 @@ pub struct Logits<'a> {
 
 /// What takes logits; a break says that no more are needed.
 pub type Receiver<'a> = dyn FnMut(Logits<'_>) -> ControlFlow<()> + 'a;
+
+/// Who chooses the tokens that follow a decode step: each sequence's is chosen here, from its logits, or by the runner,
+/// under the same options and with the same outcome. A sequence is named by its slot.
+pub trait NextTokens {
+    /// How a sequence's next token is chosen, and all its tokens so far, the last of which the step reads.
+    fn rule(&self, slot: usize) -> (&Sampling, &[u32]);
+
+    /// Chooses from a sequence's logits [V].
+    fn choose(&mut self, slot: usize, logits: &[f32]);
+
+    /// Takes the token that the runner has chosen, or the reason why none can be.
+    fn take(&mut self, slot: usize, token: Result<u32>);
+}
 
 /// A model that is ready to run.
 ///
@@ -63,6 +76,21 @@ pub trait Runner {
         receive: &mut Receiver<'_>,
     ) -> Result<State>;
 
+    /// Runs one token of each of `sequences`, which all are continued, from `state`, has the next token of each chosen,
+    /// in their order, and returns the state after it. Unless a runner chooses itself, `next` gets the logits.
+    ///
+    /// # Errors
+    /// As [`Runner::run`], and if a sequence has another number of tokens or does not go on.
+    fn decode(
+        &mut self,
+        ids: &[u32],
+        sequences: &Sequences,
+        state: Option<State>,
+        next: &mut dyn NextTokens,
+    ) -> Result<State> {
+        decode_by_logits(self, ids, sequences, state, next)
+    }
+
     /// Continues one request, as [`generate`](crate::generate) does, by a way of the runner's own that gives the same
     /// tokens; none if it has no such way for this request.
     fn continue_alone(
@@ -88,6 +116,16 @@ impl<R: Runner + ?Sized> Runner for &mut R {
         (**self).check_state(state)
     }
 
+    fn decode(
+        &mut self,
+        ids: &[u32],
+        sequences: &Sequences,
+        state: Option<State>,
+        next: &mut dyn NextTokens,
+    ) -> Result<State> {
+        (**self).decode(ids, sequences, state, next)
+    }
+
     fn continue_alone(
         &mut self,
         request: &Request,
@@ -106,6 +144,38 @@ impl<R: Runner + ?Sized> Runner for &mut R {
         receive: &mut Receiver<'_>,
     ) -> Result<State> {
         (**self).run(ids, sequences, state, wanted, receive)
+    }
+}
+
+/// [`Runner::decode`] with all logits given to `next`.
+pub(crate) fn decode_by_logits<R: Runner + ?Sized>(
+    runner: &mut R,
+    ids: &[u32],
+    sequences: &Sequences,
+    state: Option<State>,
+    next: &mut dyn NextTokens,
+) -> Result<State> {
+    check_steps(sequences)?;
+    let slots: Vec<usize> = sequences.into_iter().map(|sequence| sequence.slot).collect();
+    let wanted: Vec<usize> = (0..ids.len()).collect();
+    let padded = runner.config().padded_vocab_size();
+    runner.run(ids, sequences, state, &wanted, &mut |Logits { first, values }| {
+        for (&slot, row) in slots[first..].iter().zip(values.chunks_exact(padded)) {
+            next.choose(slot, row);
+        }
+        ControlFlow::Continue(())
+    })
+}
+
+/// Checks that sequences are those of [`Runner::decode`].
+pub(crate) fn check_steps(sequences: &Sequences) -> Result<()> {
+    match sequences.into_iter().find(|sequence| sequence.len != 1 || !sequence.continued) {
+        None => Ok(()),
+        Some(Sequence { len, continued, slot, .. }) => Err(Error::Option {
+            name: "sequences",
+            expected: "one token each, of sequences that go on",
+            found: format!("{len} tokens of slot {slot}, continued: {continued}"),
+        }),
     }
 }
 

@@ -111,6 +111,11 @@ impl Sampler {
         Ok(Self { sampling: sampling.clone(), vocabulary, candidates: Vec::new() })
     }
 
+    /// How it samples.
+    pub(crate) fn sampling(&self) -> &Sampling {
+        &self.sampling
+    }
+
     /// Samples otherwise from now on, with options that were found valid.
     pub(crate) fn set(&mut self, sampling: &Sampling) {
         self.sampling.clone_from(sampling);

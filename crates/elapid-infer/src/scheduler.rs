@@ -16,7 +16,7 @@ use elapid_tensor::{Sequence, Sequences};
 
 use crate::generate::{Finish, Generated, Options, Request, Timing};
 use crate::text::TokenText;
-use crate::{Error, Logits, Result, Runner, Sampler, Sampling};
+use crate::{Error, Logits, NextTokens, Result, Runner, Sampler, Sampling};
 
 /// How much runs at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,7 +80,7 @@ pub struct Scheduler<R> {
     timing: Timing,
 }
 
-/// What runs, and what samples it; apart from the runner, whose logits it receives.
+/// What runs, and what samples it where the runner does not; apart from the runner, whose logits and tokens it receives.
 struct Batch {
     slots: Vec<Option<Running>>,
     /// Slots whose prompts are being read, the next one to read first.
@@ -378,54 +378,60 @@ impl<R: Runner> Scheduler<R> {
                 self.batch.reading.push_back(slot);
             }
         }
-        self.run(&ids, sequences, &wanted, &slots)
-    }
-
-    /// Decodes a token of every sequence that has read its prompt; returns how many.
-    fn decode(&mut self) -> usize {
-        let (mut ids, mut sequences, mut slots) = (Vec::new(), Vec::new(), Vec::new());
-        for (slot, running) in self.batch.slots.iter_mut().enumerate() {
-            let Some(running) = running.as_mut().filter(|running| running.decodes()) else {
-                continue;
-            };
-            sequences.push(running.sequence(ids.len(), 1, slot));
-            ids.extend(running.history.last());
-            slots.push(slot);
-        }
-        let wanted: Vec<usize> = (0..ids.len()).collect();
-        self.run(&ids, sequences, &wanted, &slots)
-    }
-
-    /// One call; the logits of the wanted tokens are those of `slots`. Returns the number of tokens.
-    fn run(
-        &mut self,
-        ids: &[u32],
-        sequences: Vec<Sequence>,
-        wanted: &[usize],
-        slots: &[usize],
-    ) -> usize {
         if ids.is_empty() {
             return 0;
         }
         let Self { runner, batch, state, limits, .. } = self;
         let after = Sequences::new(sequences, limits.slots).map_err(Error::from).and_then(|all| {
-            runner.run(ids, &all, state.take(), wanted, &mut |Logits { first, values }| {
+            runner.run(&ids, &all, state.take(), &wanted, &mut |Logits { first, values }| {
                 for (&slot, row) in slots[first..].iter().zip(values.chunks_exact(batch.padded)) {
                     batch.choose(slot, row);
                 }
                 ControlFlow::Continue(())
             })
         });
-        match after {
-            Ok(after) => *state = Some(after),
-            Err(error) => batch.fail(&error),
-        }
+        self.go_on(after);
         ids.len()
+    }
+
+    /// Decodes a token of every sequence that has read its prompt; returns how many.
+    fn decode(&mut self) -> usize {
+        let (mut ids, mut sequences) = (Vec::new(), Vec::new());
+        for (slot, running) in self.batch.slots.iter_mut().enumerate() {
+            let Some(running) = running.as_mut().filter(|running| running.decodes()) else {
+                continue;
+            };
+            sequences.push(running.sequence(ids.len(), 1, slot));
+            ids.extend(running.history.last());
+        }
+        if ids.is_empty() {
+            return 0;
+        }
+        let Self { runner, batch, state, limits, .. } = self;
+        let after = Sequences::new(sequences, limits.slots)
+            .map_err(Error::from)
+            .and_then(|all| runner.decode(&ids, &all, state.take(), batch));
+        self.go_on(after);
+        ids.len()
+    }
+
+    /// Goes on from the state after a call; without one, what ran has failed.
+    fn go_on(&mut self, after: Result<State>) {
+        match after {
+            Ok(after) => self.state = Some(after),
+            Err(error) => self.batch.fail(&error),
+        }
     }
 }
 
-impl Batch {
-    /// Samples the next token of a slot from its logits [V].
+impl NextTokens for Batch {
+    fn rule(&self, slot: usize) -> (&Sampling, &[u32]) {
+        match &self.slots[slot] {
+            Some(running) => (&running.options.sampling, &running.history),
+            None => (self.sampler.sampling(), &[]),
+        }
+    }
+
     fn choose(&mut self, slot: usize, logits: &[f32]) {
         let Some(running) = &mut self.slots[slot] else {
             return;
@@ -437,11 +443,25 @@ impl Batch {
         }
         self.sampler.set(&running.options.sampling);
         let token = self.sampler.sample(logits, &running.history, running.id, running.position);
+        self.receive(slot, token, Some(logits));
+    }
+
+    fn take(&mut self, slot: usize, token: Result<u32>) {
+        self.receive(slot, token, None);
+    }
+}
+
+impl Batch {
+    /// Takes a slot's next token on, and the logits that it came from, if they are here.
+    fn receive(&mut self, slot: usize, token: Result<u32>, logits: Option<&[f32]>) {
+        let Some(running) = &mut self.slots[slot] else {
+            return;
+        };
         match token {
             Ok(token) => {
                 let update = running.receive(token);
                 if running.finish.is_some() {
-                    running.logits = Some(logits.into());
+                    running.logits = logits.map(Arc::from);
                 }
                 self.updates.push(update);
             }

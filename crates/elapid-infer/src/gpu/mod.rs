@@ -3,11 +3,14 @@
 //! Prompts are read by the [`LanguageModel`] itself, each sequence by itself: its matrix products may sum in an order
 //! that depends on the number of tokens. One token of a sequence that goes on is a decode step
 //! ([`elapid_ops::decode_step`]), whose order is always the same, so that sequences can be stepped together. The steps
-//! of a number of sequences are recorded once and launched as one.
+//! of a number of sequences are recorded once and launched as one. The tokens that follow are chosen on the card, each
+//! sequence's under its own options, and only they come to the host; but those of a repetition penalty for more than the
+//! last 4096 tokens, and all of a vocabulary of more than 262,144, are chosen from logits there.
 //!
 //! The engine keeps the state of its last step where it is and changes it there. A caller who goes on from that state
 //! pays nothing for it; one who kept a copy, or comes with another state, pays one copy.
 
+mod choosing;
 mod generate;
 mod load;
 mod sampled;
@@ -20,9 +23,10 @@ use elapid_ops::decode_step::{Encoding, Sizes, Weights};
 use elapid_tensor::cuda::Gpu;
 use elapid_tensor::{DType, Sequence, Sequences};
 
-use crate::runner::check_call;
+use crate::runner::{check_call, check_steps, decode_by_logits};
 use crate::{
-    Error, Event, Generation, Logits, ModelRunner, Options, Receiver, Request, Result, Runner,
+    Error, Event, Generation, Logits, ModelRunner, NextTokens, Options, Receiver, Request, Result,
+    Runner,
 };
 
 pub use sampled::{SampledSteps, Start};
@@ -94,7 +98,7 @@ impl<'m> GpuEngine<'m> {
     }
 
     /// One token of each of some sequences: logits [sequences, V], and the state.
-    fn decode(
+    fn logits(
         &mut self,
         ids: &[u32],
         decoding: &[Sequence],
@@ -104,9 +108,57 @@ impl<'m> GpuEngine<'m> {
         let slots: Vec<usize> = decoding.iter().map(|sequence| sequence.slot).collect();
         self.steps_for(state)?;
         let Some(steps) = &mut self.steps else { return Ok((Vec::new(), State::default())) };
-        steps.step(&self.weights, &ids, &slots)?;
+        steps.step(&self.weights, &ids, &slots, false)?;
         let logits = steps.logits(ids.len())?;
         Ok((logits, steps.state()?))
+    }
+
+    /// One token of each of some sequences, and the choice of the next: on the card, and where it cannot by the logits.
+    fn choose(
+        &mut self,
+        ids: &[u32],
+        sequences: &Sequences,
+        state: State,
+        next: &mut dyn NextTokens,
+    ) -> Result<State> {
+        let (vocabulary, classes) = (self.model.config().vocab_size, self.sizes.classes);
+        let state = state.to(self.model.device())?;
+        self.steps_for(state)?;
+        let Self { gpu, weights, steps: Some(steps), .. } = self else {
+            return Ok(State::default());
+        };
+        // The logits that the host needs are the first.
+        let (mut on_host, mut on_card) = (Vec::new(), Vec::new());
+        let choosing = steps.choosing(vocabulary)?;
+        for sequence in sequences {
+            let Sequence { slot, id, position, .. } = *sequence;
+            let (sampling, history) = next.rule(slot);
+            match choosing.prepare(slot, (id, position), sampling, history)? {
+                true => on_card.push(*sequence),
+                false => on_host.push(*sequence),
+            }
+        }
+        let first = on_host.len();
+        let columns: Vec<Sequence> = on_host.into_iter().chain(on_card).collect();
+        let slots: Vec<usize> = columns.iter().map(|sequence| sequence.slot).collect();
+        let ids: Vec<u32> = columns.iter().map(|sequence| ids[sequence.start]).collect();
+        steps.step(weights, &ids, &slots, first < columns.len())?;
+        gpu.event()?.wait()?;
+        let logits = if first > 0 { steps.logits(first)? } else { Vec::new() };
+        let mut rows = logits.chunks(classes);
+        let mut tokens = steps.chosen(first, &slots[first..]).into_iter();
+        let state = steps.state()?;
+        // Both are in the order of the sequences.
+        let by_host = &slots[..first];
+        for sequence in sequences {
+            let slot = sequence.slot;
+            if by_host.contains(&slot) {
+                rows.next().into_iter().for_each(|row| next.choose(slot, row));
+            } else {
+                tokens.next().into_iter().for_each(|token| next.take(slot, token));
+            }
+        }
+        Ok(state)
     }
 
     /// Steps that go on from a state.
@@ -166,6 +218,26 @@ impl Runner for GpuEngine<'_> {
         Ok(self.model.check_state(state)?)
     }
 
+    fn decode(
+        &mut self,
+        ids: &[u32],
+        sequences: &Sequences,
+        state: Option<State>,
+        next: &mut dyn NextTokens,
+    ) -> Result<State> {
+        if !choosing::takes(self.model.config().vocab_size) {
+            return decode_by_logits(self, ids, sequences, state, next);
+        }
+        check_steps(sequences)?;
+        let state = check_call(self, ids, sequences, state, &[])?;
+        let outcome = self.choose(ids, sequences, state, next);
+        if outcome.is_err() {
+            // What the card has is not known.
+            self.steps = None;
+        }
+        outcome
+    }
+
     fn continue_alone(
         &mut self,
         request: &Request,
@@ -194,7 +266,7 @@ impl Runner for GpuEngine<'_> {
             sequences.into_iter().filter(|s| s.len > 0).partition(|s| s.len == 1 && s.continued);
         let mut decoded = Vec::new();
         if !decoding.is_empty() {
-            (decoded, state) = self.decode(ids, &decoding, state)?;
+            (decoded, state) = self.logits(ids, &decoding, state)?;
         }
         // In the order of the tokens, as their logits are to come.
         let mut read = Vec::new();

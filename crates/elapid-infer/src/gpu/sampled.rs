@@ -4,18 +4,16 @@
 use std::collections::VecDeque;
 
 use elapid_models::State;
-use elapid_ops::decode_step::{Choice, Column, Sampled, Sampling as Choosing};
+use elapid_ops::decode_step::{Room, Sampled, Sampling as OnCard, Slot};
 use elapid_tensor::cuda::{Event, Graph};
 
 use super::GpuEngine;
+use super::choosing::{WINDOW, choice, takes};
 use super::steps::columns_for;
-use crate::sampler::draw_key;
 use crate::{Error, Result, Sampling};
 
 /// Steps under way at most.
 const RING: usize = 8;
-/// The longest window of a repetition penalty that is kept on the card.
-const WINDOW: usize = 4096;
 
 /// A sequence that goes on: its state has read all tokens of its history but the last.
 #[derive(Debug, Clone, Copy)]
@@ -31,7 +29,7 @@ pub struct Start<'a> {
 /// Sequences that are being continued, slot i of the state being sequence i's.
 pub struct SampledSteps<'e, 'm> {
     engine: &'e mut GpuEngine<'m>,
-    choosing: Choosing,
+    sampler: OnCard,
     columns: usize,
     sequences: Vec<Progress>,
     /// Recorded in the second step, as the first one compiles kernels.
@@ -50,7 +48,8 @@ impl<'m> GpuEngine<'m> {
     /// True if tokens can be chosen on the card under these options; else their logits have to be read.
     pub fn can_sample(&self, sampling: &Sampling) -> bool {
         let window = sampling.repetition_window;
-        sampling.repetition_penalty == 1.0 || (1..=WINDOW).contains(&window)
+        takes(self.model.config().vocab_size)
+            && (sampling.repetition_penalty == 1.0 || (1..=WINDOW).contains(&window))
     }
 
     /// Goes on with `sequences` from a state of as many slots; a token of `ends` ends a sequence, as does its number of
@@ -81,31 +80,22 @@ impl<'m> GpuEngine<'m> {
         {
             return Err(Error::EmptyPrompt { sequence });
         }
-        let choice = Choice {
-            classes: self.model.config().vocab_size,
-            temperature: sampling.temperature,
-            top_k: sampling.top_k,
-            top_p: sampling.top_p,
-            min_p: sampling.min_p,
-            penalty: sampling.repetition_penalty,
-            window: if sampling.repetition_penalty == 1.0 { 0 } else { sampling.repetition_window },
-            key: draw_key(sampling.seed),
-        };
+        let choice = choice(sampling, sampling.repetition_window);
         let columns = columns_for(slots);
-        let mut choosing = Choosing::new(&self.gpu, &choice, columns, RING, ends)?;
-        let mut table = vec![Column::default(); columns];
-        let mut histories: Vec<&[u32]> = vec![&[]; columns];
-        for (i, sequence) in sequences.iter().enumerate() {
-            table[i] = Column {
+        let classes = self.model.config().vocab_size;
+        let room = Room { classes, slots, window: choice.window as usize, ring: RING };
+        let mut sampler = OnCard::new(&self.gpu, room, ends)?;
+        for (slot, sequence) in sequences.iter().enumerate() {
+            let own = Slot {
                 id: sequence.id,
-                position: state.positions[i],
+                position: state.positions[slot],
                 produced: 0,
                 left: sequence.max_tokens as u64,
                 seen: sequence.history.len() as u64,
+                choice,
             };
-            histories[i] = sequence.history;
+            sampler.set(slot, &own, sequence.history)?;
         }
-        choosing.write(&table, &histories)?;
         let ids: Vec<u32> = sequences.iter().filter_map(|s| s.history.last().copied()).collect();
         let vocabulary = self.sizes.classes;
         if let Some(sequence) = ids.iter().position(|&id| id as usize >= vocabulary) {
@@ -116,11 +106,13 @@ impl<'m> GpuEngine<'m> {
         let steps = self.steps_for(state)?;
         let slots: Vec<usize> = (0..slots).collect();
         steps.set(&ids, &slots, columns)?;
+        // From here on the card alone knows what its columns hold.
+        steps.forget();
         let sequences = slots.iter().map(|_| Progress { read: 0, ended: false }).collect();
         let pending = VecDeque::new();
         Ok(SampledSteps {
             engine: self,
-            choosing,
+            sampler,
             columns,
             sequences,
             graph: None,
@@ -167,13 +159,13 @@ impl SampledSteps<'_, '_> {
     }
 
     fn carry_out(&mut self) -> Result<()> {
-        let Self { engine, choosing, columns, graph, warm, .. } = self;
+        let Self { engine, sampler, columns, graph, warm, .. } = self;
         let GpuEngine { gpu, steps: Some(steps), weights, .. } = &**engine else {
             return Ok(());
         };
         let run = || -> Result<()> {
             steps.launch(weights, *columns)?;
-            steps.choose(choosing, *columns)
+            steps.choose(sampler, *columns)
         };
         match graph {
             // SAFETY: buffers and weights are where they were for as long as this value lives.
@@ -204,11 +196,11 @@ impl SampledSteps<'_, '_> {
             if sequence.ended {
                 continue;
             }
-            let sampled = self.choosing.token(column, sequence.read);
+            let sampled = self.sampler.token(column, sequence.read);
             sequence.read += 1;
             sequence.ended = sampled.ended == 1;
             if sampled.broken == 1 {
-                let position = self.choosing.read()?[column].position;
+                let position = self.sampler.read()?[column].position;
                 let (token, value) = (sampled.token, sampled.value);
                 return Err(Error::Logits { token, position, value });
             }
@@ -234,9 +226,7 @@ impl SampledSteps<'_, '_> {
     /// # Errors
     /// If the GPU failed.
     pub fn finish(self) -> Result<State> {
-        let columns = self.choosing.read()?;
-        let positions = columns[..self.sequences.len()].iter().map(|column| column.position);
-        let positions: Vec<u64> = positions.collect();
+        let positions: Vec<u64> = self.sampler.read()?.iter().map(|own| own.position).collect();
         match self.engine.steps.as_mut() {
             Some(steps) => steps.finish(positions),
             None => Ok(State::default()),

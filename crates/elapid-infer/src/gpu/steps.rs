@@ -1,4 +1,5 @@
-//! Decode steps on a GPU, recorded once for a number of sequences, and the state that they change in place.
+//! Decode steps on a GPU, recorded once for a number of sequences, and the state that they change in place; with or without
+//! the choice of the next tokens.
 
 use std::collections::HashMap;
 
@@ -7,6 +8,7 @@ use elapid_ops::decode_step::{LayerState, Sampling, Sizes, Step, Weights};
 use elapid_tensor::cuda::{DeviceBuffer, Gpu, Graph};
 use elapid_tensor::{DType, Tensor};
 
+use super::choosing::Choosing;
 use crate::Result;
 
 const CONV_STATE: &str = "conv_state";
@@ -27,8 +29,18 @@ pub(super) struct Steps {
     columns: DeviceBuffer<i32>,
     layers: Vec<LayerState>,
     positions: Vec<u64>,
-    /// By the number of columns: none after a first step of that many, which compiles kernels.
-    recorded: HashMap<usize, Option<Graph>>,
+    /// By the number of columns and whether tokens are chosen: none after a first such step, which compiles kernels.
+    recorded: HashMap<(usize, bool), Option<Graph>>,
+    placed: Placed,
+    /// From the first step on that chooses tokens.
+    choosing: Option<Choosing>,
+}
+
+/// What the ids and slots of the first columns are on the card; empty if only the card knows.
+#[derive(Default)]
+struct Placed {
+    ids: Vec<u32>,
+    slots: Vec<i32>,
 }
 
 impl Steps {
@@ -45,6 +57,8 @@ impl Steps {
                 .collect::<elapid_tensor::Result<_>>()?,
             positions: vec![0; slots],
             recorded: HashMap::new(),
+            placed: Placed::default(),
+            choosing: None,
         })
     }
 
@@ -93,8 +107,29 @@ impl Steps {
     pub(super) fn set(&mut self, ids: &[u32], slots: &[usize], columns: usize) -> Result<()> {
         let mut table: Vec<i32> = slots.iter().map(|&slot| slot as i32).collect();
         table.resize(columns, -1);
-        self.ids.write_first(ids)?;
-        Ok(self.columns.write_first(&table)?)
+        if self.placed.ids != ids {
+            self.ids.write_first(ids)?;
+            ids.clone_into(&mut self.placed.ids);
+        }
+        if self.placed.slots != table {
+            self.columns.write_first(&table)?;
+            self.placed.slots = table;
+        }
+        Ok(())
+    }
+
+    /// What the columns hold is not known from here on.
+    pub(super) fn forget(&mut self) {
+        self.placed = Placed::default();
+    }
+
+    /// What chooses tokens of the slots among so many.
+    pub(super) fn choosing(&mut self, classes: usize) -> Result<&mut Choosing> {
+        let choosing = match self.choosing.take() {
+            Some(choosing) => choosing,
+            None => Choosing::new(&self.gpu, classes, self.slots)?,
+        };
+        Ok(self.choosing.insert(choosing))
     }
 
     /// Takes the sequence out of a column.
@@ -111,8 +146,24 @@ impl Steps {
     }
 
     /// Launches the choice of the next tokens, which the next step reads.
-    pub(super) fn choose(&self, choosing: &Sampling, columns: usize) -> Result<()> {
-        Ok(choosing.run(&self.step, &self.ids, &self.columns, columns)?)
+    pub(super) fn choose(&self, sampler: &Sampling, columns: usize) -> Result<()> {
+        // SAFETY: the sampler was made for the slots of this value's states, of which the columns have different ones.
+        unsafe { sampler.run(&self.step, &self.ids, &self.columns, columns)? };
+        Ok(())
+    }
+
+    /// What the last step, which has ended, has chosen for the columns from `first` on, whose slots these are.
+    pub(super) fn chosen(&mut self, first: usize, slots: &[usize]) -> Vec<Result<u32>> {
+        let Some(choosing) = &mut self.choosing else { return Vec::new() };
+        let tokens: Vec<Result<u32>> = slots.iter().map(|&slot| choosing.take(slot)).collect();
+        for (column, token) in (first..).zip(&tokens) {
+            match token {
+                Ok(token) => self.placed.ids[column] = *token,
+                // The card takes a sequence that fails out of its column.
+                Err(_) => self.placed.slots[column] = -1,
+            }
+        }
+        tokens
     }
 
     /// The state after steps that the card counted.
@@ -121,20 +172,35 @@ impl Steps {
         self.state()
     }
 
-    /// Carries out a step: a token id and a slot for each column.
-    pub(super) fn step(&mut self, weights: &Weights, ids: &[u32], slots: &[usize]) -> Result<()> {
+    /// Carries out a step: a token id and a slot for each column; with `choose`, and the choice of the next tokens of those
+    /// slots that want it.
+    pub(super) fn step(
+        &mut self,
+        weights: &Weights,
+        ids: &[u32],
+        slots: &[usize],
+        choose: bool,
+    ) -> Result<()> {
         let columns = columns_for(ids.len());
         self.set(ids, slots, columns)?;
-        match self.recorded.get(&columns) {
+        let run = || -> Result<()> {
+            self.launch(weights, columns)?;
+            match self.choosing.as_ref().filter(|_| choose) {
+                Some(choosing) => self.choose(&choosing.sampler, columns),
+                None => Ok(()),
+            }
+        };
+        let kind = (columns, choose);
+        match self.recorded.get(&kind) {
             None => {
-                self.launch(weights, columns)?;
-                self.recorded.insert(columns, None);
+                run()?;
+                self.recorded.insert(kind, None);
             }
             Some(None) => {
-                let ((), graph) = self.gpu.record(|| self.launch(weights, columns))?;
+                let ((), graph) = self.gpu.record(run)?;
                 // SAFETY: buffers and weights are where they were for as long as this value and the engine live.
                 unsafe { graph.launch()? };
-                self.recorded.insert(columns, Some(graph));
+                self.recorded.insert(kind, Some(graph));
             }
             // SAFETY: as above.
             Some(Some(graph)) => unsafe { graph.launch()? },

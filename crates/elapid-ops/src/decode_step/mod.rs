@@ -31,7 +31,7 @@ use elapid_tensor::{DType, Device, Tensor, bf16};
 
 pub use cuda::Step;
 pub use packed::{Encoding, Packed, Source};
-pub use sample::{Choice, Column, Sampled, Sampling};
+pub use sample::{Choice, MOST_CLASSES, Room, Sampled, Sampling, Slot};
 
 use crate::gpu::wrong;
 

@@ -1,7 +1,7 @@
 // The next token of each sequence from its logits: repetition penalty, temperature, top-k, top-p, min-p, in the order and
 // with the meaning of the sampler on the host; the draw is the same function of (seed, id, position).
 //
-// A block owns a column. Weights exp((logit - best) / temperature) are kept as integers of 2^-40, so that their sums do
+// A block owns a column; each sequence has its own options, and some may have their tokens chosen elsewhere. Weights exp((logit - best) / temperature) are kept as integers of 2^-40, so that their sums do
 // not depend on how threads share them. What top-k and top-p keep is a beginning of the ranking (larger logits first,
 // lower ids first among equals): all above a key, and some that equal it. It is found byte by byte of the key, from a
 // histogram over the candidates of what is not decided yet.
@@ -11,13 +11,25 @@
 constexpr uint64_t ONE = uint64_t(1) << 40;
 constexpr int BINS = 256;
 
-// What a column's sequence is and where it stands.
-struct Column {
+// How a sequence's tokens are chosen.
+struct Choice {
+    uint64_t key;         // of the draws
+    double temperature;   // 0: the best
+    double top_p;
+    double min_p;
+    uint64_t top_k;       // 0: all
+    float penalty;
+    uint32_t window;      // of the last tokens that the penalty is for
+};
+
+// What a slot's sequence is and where it stands.
+struct Slot {
     uint64_t id;
     uint64_t position;    // tokens read before the step under way
     uint64_t produced;    // tokens sampled so far
-    uint64_t left;        // tokens still wanted
+    uint64_t left;        // tokens still wanted; 0: they are chosen elsewhere
     uint64_t seen;        // tokens in its history, prompt included
+    Choice choice;
 };
 
 struct Sampled {
@@ -34,21 +46,15 @@ struct SampleArguments {
     int64_t stride;
     int64_t classes;      // that take part
     int32_t* slots;       // [columns], -1 without a sequence; becomes so at a sequence's end
-    Column* columns;
+    Slot* sequences;      // [capacity], by slot
     uint32_t* ids;        // [columns]: the next step's tokens
-    uint32_t* history;    // [columns, window], the last tokens, token i at i % window
-    int64_t window;
+    uint32_t* history;    // [capacity, room], the last tokens, token i at i % window
+    int64_t room;         // 0: no sequence has a penalty
     Sampled* out;         // [ring, capacity], in the host's memory
     int64_t ring;
     int64_t capacity;
     const uint32_t* ends; // tokens that end a sequence
     int64_t end_count;
-    uint64_t key;         // of the draws
-    double temperature;   // 0: the best
-    int64_t top_k;        // 0: all
-    double top_p;
-    double min_p;
-    float penalty;
 };
 
 DEVICE void philox(uint32_t (&c)[4], uint32_t k0, uint32_t k1) {
@@ -150,35 +156,41 @@ template <class F> DEVICE Cut descend(const Row& row, Cut within, double enough,
 }
 
 KERNEL(decode_sample, SampleArguments, 1024, 1) {
-    DYNAMIC_SHARED(uint32_t, mask);  // a bit a class, if there is a penalty
+    DYNAMIC_SHARED(uint32_t, mask);  // a bit a class, if there is room for histories
+    __shared__ Slot own;
     __shared__ uint64_t room[WARP];
     __shared__ uint64_t bins[BINS];
     int64_t column = blockIdx.x;
     int thread = threadIdx.x, threads = blockDim.x, warps = threads / WARP;
     let_next_start();
     wait_for_previous();
-    if (args.slots[column] < 0) return;
-    Column own = args.columns[column];
-    Row row = {args.logits + column * args.stride, args.classes, 0.0f, args.temperature};
+    int64_t slot = args.slots[column];
+    if (slot < 0) return;
+    if (thread == 0) own = args.sequences[slot];
+    __syncthreads();
+    if (own.left == 0) return;
+    const Choice& choice = own.choice;
+    bool penalised = choice.penalty != 1.0f && args.room > 0;
+    Row row = {args.logits + column * args.stride, args.classes, 0.0f, choice.temperature};
 
-    if (args.penalty != 1.0f) {
+    if (penalised) {
         int64_t words = ceil_div(args.classes, 32);
         for (int64_t i = thread; i < words; i += threads) mask[i] = 0;
         __syncthreads();
-        int64_t count = least<int64_t>(args.window, own.seen);
+        int64_t count = least<int64_t>(choice.window, own.seen);
         for (int64_t i = thread; i < count; i += threads) {
-            uint32_t token = args.history[column * args.window + i];
+            uint32_t token = args.history[slot * args.room + i];
             if (token >= args.classes) continue;
             uint32_t bit = 1u << token % 32;
             if (atomicOr(&mask[token / 32], bit) & bit) continue;
             float logit = row.logits[token];
-            row.logits[token] = logit > 0.0f ? logit / args.penalty : logit * args.penalty;
+            row.logits[token] = logit > 0.0f ? logit / choice.penalty : logit * choice.penalty;
         }
         __syncthreads();
     }
 
     // The penalty changes logits, so that what is known of them no longer holds.
-    int64_t known = args.penalty == 1.0f ? args.classes / 16 : 0;
+    int64_t known = penalised ? 0 : args.classes / 16;
     uint64_t best = 0;
     // Some at a time, so that many are under way.
     constexpr int AT_ONCE = 4;
@@ -208,12 +220,12 @@ KERNEL(decode_sample, SampleArguments, 1024, 1) {
     row.best = broken ? 0.0f : float_of_key(key_of_rank(best));
     bool fails = broken || row.best == float_of(0xff800000u);
 
-    if (!fails && args.temperature > 0.0) {
+    if (!fails && choice.temperature > 0.0) {
         Cut cut = {0, 0};  // no logit has the key 0
-        if (args.top_k > 0 && args.top_k < args.classes)
-            cut = descend(row, cut, double(args.top_k), bins, room, [](float) { return uint64_t(1); }, false);
-        if (args.top_p < 1.0)
-            cut = descend(row, cut, args.top_p, bins, room, [&](float logit) { return row.share(logit); }, true);
+        if (choice.top_k > 0 && choice.top_k < uint64_t(args.classes))
+            cut = descend(row, cut, double(choice.top_k), bins, room, [](float) { return uint64_t(1); }, false);
+        if (choice.top_p < 1.0)
+            cut = descend(row, cut, choice.top_p, bins, room, [&](float logit) { return row.share(logit); }, true);
         // A warp owns a run of ids.
         int64_t run = ceil_div(ceil_div(args.classes, warps), WARP) * WARP, first = warp_id() * run;
         int64_t end = least(first + run, args.classes);
@@ -241,7 +253,7 @@ KERNEL(decode_sample, SampleArguments, 1024, 1) {
             bool kept = i < end && (key > cut.key || (tie && own_rank < cut.equals));
             if (!kept) return 0;
             double weight = row.weight(logit);
-            return weight >= args.min_p ? uint64_t(weight * double(ONE) + 0.5) : 0;
+            return weight >= choice.min_p ? uint64_t(weight * double(ONE) + 0.5) : 0;
         };
         uint64_t shares = 0, rank = ties_before;
         for (int64_t base = first; base < end; base += WARP) shares += share(base + lane_id(), rank);
@@ -253,7 +265,7 @@ KERNEL(decode_sample, SampleArguments, 1024, 1) {
             if (warp == warp_id()) before = total;
             total += room[warp];
         }
-        double target = draw(args.key, own.id, own.position + 1) * double(total);
+        double target = draw(choice.key, own.id, own.position + 1) * double(total);
         __syncthreads();
         if (thread == 0) room[0] = token;
         __syncthreads();
@@ -282,16 +294,16 @@ KERNEL(decode_sample, SampleArguments, 1024, 1) {
         token = broken ? token : 0;
     } else {
         args.ids[column] = token;
-        if (args.window > 0) args.history[column * args.window + own.seen % args.window] = token;
+        if (penalised) args.history[slot * args.room + own.seen % choice.window] = token;
     }
     bool ends = fails || own.left <= 1;
     for (int64_t i = 0; i < args.end_count; ++i) ends = ends || args.ends[i] == token;
-    Sampled* out = args.out + own.produced % args.ring * args.capacity + column;
+    Sampled* out = args.out + own.produced % args.ring * args.capacity + slot;
     *out = {token, fails ? 1u : 0u, row.logits[token], ends ? 1u : 0u};
-    own.position += 1;
-    own.produced += 1;
-    own.seen += 1;
-    own.left -= 1;
-    args.columns[column] = own;
+    Slot* kept = args.sequences + slot;
+    kept->position = own.position + 1;
+    kept->produced = own.produced + 1;
+    kept->seen = own.seen + 1;
+    kept->left = own.left - 1;
     if (ends) args.slots[column] = -1;
 }

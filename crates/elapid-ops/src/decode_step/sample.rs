@@ -12,41 +12,53 @@ use crate::gpu::wrong;
 static SAMPLE: Source =
     Source { name: "decode_sample", text: include_str!("sample.cu"), headers: &[RANKING] };
 
-/// How tokens are chosen: as the sampler on the host means it.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// Tokens that can take part at most: a penalty marks those that were seen in the memory of a block.
+pub const MOST_CLASSES: usize = 1 << 18;
+
+/// How a sequence's tokens are chosen: as the sampler on the host means it.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable, PartialEq)]
 pub struct Choice {
-    /// Tokens that take part, from 0 on.
-    pub classes: usize,
-    /// 0: the most probable.
-    pub temperature: f32,
-    /// 0: all.
-    pub top_k: usize,
-    /// 1: all.
-    pub top_p: f32,
-    /// 0: all.
-    pub min_p: f32,
-    /// 1: none.
-    pub penalty: f32,
-    /// How many of the last tokens the penalty is for; none if 0.
-    pub window: usize,
     /// Of the draws: what the seed and the stream make.
     pub key: u64,
+    /// 0: the most probable.
+    pub temperature: f64,
+    /// 1: all.
+    pub top_p: f64,
+    /// 0: all.
+    pub min_p: f64,
+    /// 0: all.
+    pub top_k: u64,
+    /// 1: none.
+    pub penalty: f32,
+    /// How many of the last tokens the penalty is for: at least 1 if there is one.
+    pub window: u32,
 }
 
-/// A sequence of a column: what the kernels keep of it.
+impl Default for Choice {
+    /// The most probable token.
+    fn default() -> Self {
+        let (key, temperature, top_p, min_p) = (0, 0.0, 1.0, 0.0);
+        Self { key, temperature, top_p, min_p, top_k: 0, penalty: 1.0, window: 0 }
+    }
+}
+
+/// The sequence of a slot: what the kernels keep of it.
 #[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable, Default, PartialEq, Eq)]
-pub struct Column {
+#[derive(Debug, Clone, Copy, Pod, Zeroable, PartialEq, Default)]
+pub struct Slot {
     /// Keys its draws.
     pub id: u64,
     /// Tokens that its state has read.
     pub position: u64,
     /// Tokens sampled so far.
     pub produced: u64,
-    /// Tokens still wanted, at least 1.
+    /// Tokens still wanted. With 0, as at first, its tokens are chosen elsewhere and its logits stay as they are.
     pub left: u64,
     /// Tokens in its history, prompt included.
     pub seen: u64,
+    /// How its tokens are chosen.
+    pub choice: Choice,
 }
 
 /// A token that was sampled.
@@ -72,117 +84,121 @@ struct SampleArguments {
     stride: i64,
     classes: i64,
     slots: u64,
-    columns: u64,
+    sequences: u64,
     ids: u64,
     history: u64,
-    window: i64,
+    room: i64,
     out: u64,
     ring: i64,
     capacity: i64,
     ends: u64,
     end_count: i64,
-    key: u64,
-    temperature: f64,
-    top_k: i64,
-    top_p: f64,
-    min_p: f64,
-    penalty: f32,
 }
 // SAFETY: the layout of `SampleArguments` in sample.cu.
 unsafe impl KernelArguments for SampleArguments {}
 
-/// What sampling keeps in memory: the sequences of all columns, and where their tokens go.
+/// What sampling is to have room for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    /// Tokens that take part, from 0 on; at most [`MOST_CLASSES`].
+    pub classes: usize,
+    /// Sequences.
+    pub slots: usize,
+    /// The longest window of a repetition penalty; 0 if no sequence has one.
+    pub window: usize,
+    /// Steps that the reading of tokens may be late, at least 1.
+    pub ring: usize,
+}
+
+/// What sampling keeps in memory: the sequences of all slots, and where their tokens go.
 #[derive(Debug)]
 pub struct Sampling {
     gpu: Gpu,
-    choice: Choice,
-    capacity: usize,
-    ring: usize,
-    columns: DeviceBuffer<Column>,
+    room: Room,
+    sequences: DeviceBuffer<Slot>,
     history: DeviceBuffer<u32>,
     ends: DeviceBuffer<u32>,
     out: SharedBuffer<Sampled>,
 }
 
 impl Sampling {
-    /// For up to `capacity` columns, tokens of which are read at most `ring` steps late; a token of `ends` ends a sequence.
+    /// Sampling without sequences; a token of `ends` ends every one.
     ///
     /// # Errors
-    /// If there is no memory, or a choice makes no sense.
-    pub fn new(
-        gpu: &Gpu,
-        choice: &Choice,
-        capacity: usize,
-        ring: usize,
-        ends: &[u32],
-    ) -> Result<Self> {
-        if choice.classes == 0 || choice.classes > 1 << 18 || ring == 0 {
-            return Err(wrong(OP, format!("sampling from {} classes", choice.classes)));
+    /// If there is no memory, or the number of classes or the ring make no sense.
+    pub fn new(gpu: &Gpu, room: Room, ends: &[u32]) -> Result<Self> {
+        let Room { classes, slots, window, ring } = room;
+        if classes == 0 || classes > MOST_CLASSES || ring == 0 {
+            return Err(wrong(OP, format!("sampling from {classes} classes, {ring} steps late")));
         }
         Ok(Self {
             gpu: gpu.clone(),
-            choice: *choice,
-            capacity,
-            ring,
-            columns: gpu.zeros(capacity)?,
-            history: gpu.zeros(capacity * choice.window)?,
+            room,
+            sequences: gpu.zeros(slots)?,
+            history: gpu.zeros(slots * window)?,
             ends: gpu.upload(ends)?,
-            out: gpu.shared(ring * capacity)?,
+            out: gpu.shared(ring * slots)?,
         })
     }
 
-    /// Sets all columns, and the last tokens of each one's history.
+    /// Sets the sequence of a slot, and the last tokens of its history: as many as the penalty is for, or more.
     ///
     /// # Errors
-    /// If there are more columns than room for them, or the driver refuses.
-    pub fn write(&mut self, columns: &[Column], histories: &[&[u32]]) -> Result<()> {
-        if columns.len() != self.capacity || histories.len() != self.capacity {
-            let (found, room) = (columns.len(), self.capacity);
-            return Err(wrong(OP, format!("{found} columns, expected {room}")));
+    /// If there is no such slot or no room for the penalty's window, or the driver refuses.
+    pub fn set(&mut self, slot: usize, sequence: &Slot, history: &[u32]) -> Result<()> {
+        let (window, penalty) = (sequence.choice.window as usize, sequence.choice.penalty);
+        let penalised = sequence.left > 0 && penalty != 1.0;
+        let fits = !penalised || (1..=self.room.window).contains(&window);
+        if slot >= self.room.slots || !fits {
+            let room = self.room;
+            let message = format!("slot {slot}, a penalty for {window} tokens: room {room:?}");
+            return Err(wrong(OP, message));
         }
-        self.columns.write(columns)?;
-        let window = self.choice.window;
-        let mut rows = vec![0; self.capacity * window];
-        if window > 0 {
-            for (row, history) in rows.chunks_mut(window).zip(histories) {
-                let first = history.len().saturating_sub(window);
-                for (i, &token) in history.iter().enumerate().skip(first) {
-                    row[i % window] = token;
-                }
-            }
+        self.sequences.write_at(slot, &[*sequence])?;
+        if !penalised {
+            return Ok(());
         }
-        self.history.write(&rows)
+        let mut row = vec![0; window];
+        let last = history.len().min(window);
+        let first = (sequence.seen as usize).saturating_sub(last);
+        for (i, &token) in history[history.len() - last..].iter().enumerate() {
+            row[(first + i) % window] = token;
+        }
+        self.history.write_at(slot * self.room.window, &row)
     }
 
-    /// The columns as they are after all work before this call.
+    /// The sequences of all slots as they are after all work before this call.
     ///
     /// # Errors
     /// If the driver refuses, or earlier work failed.
-    pub fn read(&self) -> Result<Vec<Column>> {
-        self.columns.read()
+    pub fn read(&self) -> Result<Vec<Slot>> {
+        self.sequences.read()
     }
 
-    /// What a column's sequence got as its token number `index` of those sampled here; its step must have ended, and be
-    /// less than `ring` steps ago.
-    pub fn token(&self, column: usize, index: u64) -> Sampled {
-        self.out.get((index % self.ring as u64) as usize * self.capacity + column)
+    /// What a slot's sequence got as its token number `index` of those sampled here; its step must have ended, and be
+    /// less than the ring's number of steps ago.
+    pub fn token(&self, slot: usize, index: u64) -> Sampled {
+        self.out.get((index % self.room.ring as u64) as usize * self.room.slots + slot)
     }
 
-    /// Launches the choice of a token for each column with a slot, from its logits of the last step. The token becomes the
-    /// column's id; a sequence that ends loses its slot.
+    /// Launches the choice of a token for each column with a slot whose sequence wants one, from its logits of the last
+    /// step. The token becomes the column's id; a sequence that ends loses its column's slot.
     ///
     /// # Errors
     /// If something has another size, or the driver refuses.
-    pub fn run(
+    ///
+    /// # Safety
+    /// The columns' slots must be below [`Room::slots`], and no two columns may have the same one.
+    pub unsafe fn run(
         &self,
         step: &Step,
         ids: &DeviceBuffer<u32>,
         slots: &DeviceBuffer<i32>,
         columns: usize,
     ) -> Result<()> {
-        let Choice { classes, window, .. } = self.choice;
+        let Room { classes, window, ring, slots: capacity } = self.room;
         let stride = step.classes();
-        let room = [self.capacity, ids.len(), slots.len(), step.capacity()];
+        let room = [ids.len(), slots.len(), step.capacity()];
         if room.iter().any(|&room| room < columns) || stride < classes {
             let message =
                 format!("{columns} columns of {stride} logits for {classes}: room {room:?}");
@@ -195,31 +211,26 @@ impl Sampling {
             stride: stride as i64,
             classes: classes as i64,
             slots: slots.address(),
-            columns: self.columns.address(),
+            sequences: self.sequences.address(),
             ids: ids.address(),
             history: self.history.address(),
-            window: window as i64,
+            room: window as i64,
             out: self.out.address(),
-            ring: self.ring as i64,
-            capacity: self.capacity as i64,
+            ring: ring as i64,
+            capacity: capacity as i64,
             ends: self.ends.address(),
             end_count: self.ends.len() as i64,
-            key: self.choice.key,
-            temperature: f64::from(self.choice.temperature),
-            top_k: self.choice.top_k as i64,
-            top_p: f64::from(self.choice.top_p),
-            min_p: f64::from(self.choice.min_p),
-            penalty: self.choice.penalty,
         };
         let threads = classes.div_ceil(32).next_multiple_of(32).clamp(64, 1024);
-        let mask = if self.choice.penalty == 1.0 { 0 } else { 4 * classes.div_ceil(32) };
+        let mask = if window == 0 { 0 } else { 4 * classes.div_ceil(32) };
         let kernel = self.gpu.module(&SAMPLE, &[])?.kernel("decode_sample")?;
         let launch = Launch {
             grid: [columns as u32, 1, 1],
             block: [threads as u32, 1, 1],
             shared: mask as u32,
         };
-        // SAFETY: a block a column; everything has room for the columns, and the kernel waits for the one before.
+        // SAFETY: a block a column; everything has room for the columns and, by the caller's promise, for their slots; the
+        // kernel waits for the one before.
         unsafe { self.gpu.launch_chained(&kernel, launch, &arguments) }
     }
 }
