@@ -90,16 +90,6 @@ pub(crate) fn linear_forward(
     }
 }
 
-/// What [`linear`] gives back to its x `[T, K]`, of type `dtype`.
-pub(crate) fn linear_gradient_of_x(
-    op: &'static str,
-    grad: &Tensor,
-    weight: &Tensor,
-    dtype: DType,
-) -> Result<Tensor> {
-    product(op, grad, weight, dtype)
-}
-
 /// What [`linear`] gives back to weight and bias (its shape), whose places among the inputs are given.
 pub(crate) fn linear_gradients_of_parameters(
     context: &Backward,
@@ -179,7 +169,7 @@ fn add_to_rows(rows: &mut [f32], bias: &[f32]) {
 }
 
 /// The product without a place in the graph, of the type `out` (f32 on the host).
-fn product(op: &'static str, a: &Tensor, b: &Tensor, out: DType) -> Result<Tensor> {
+pub(crate) fn product(op: &'static str, a: &Tensor, b: &Tensor, out: DType) -> Result<Tensor> {
     if let Some(gpu) = a.gpu() {
         return on_gpu::product(gpu, op, a, b, None, on_gpu::To::New(out));
     }

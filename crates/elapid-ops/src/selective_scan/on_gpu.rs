@@ -8,7 +8,7 @@ use super::cuda::{self, Plan};
 use super::cuda_general::{self, Map};
 use super::{Inputs, OP, Projected, Values};
 use crate::gpu::{GpuElement, by_rows, placed, rows, slice_of, whole, with_gpu_element};
-use crate::matmul::{linear_forward, linear_gradient_of_x, linear_gradients_of_parameters};
+use crate::matmul::{linear_forward, linear_gradients_of_parameters, product};
 
 /// What backward needs of forward.
 enum Chunks {
@@ -66,9 +66,7 @@ pub(super) fn projected(
             let values = saved?.map(Saved::get)?;
             let grad = context.take_grad(0);
             let dy = match &grad {
-                Some(grad) => {
-                    Some(linear_gradient_of_x(OP, grad, &weight.get()?, values.u.dtype())?)
-                }
+                Some(grad) => Some(product(OP, grad, &weight.get()?, values.u.dtype())?),
                 None => None,
             };
             let wanted = grad.is_some() && context.needs(scanned);
