@@ -9,6 +9,7 @@ use crate::gpu::wrong;
 
 const LAYOUT: (&str, &str) = ("decode_layout.cuh", include_str!("layout.cuh"));
 const GROUPS: (&str, &str) = ("decode_groups.cuh", include_str!("groups.cuh"));
+const RECURRENCE: (&str, &str) = ("decode_scan.cuh", include_str!("scan.cuh"));
 const PRODUCT: (&str, &str) = ("decode_product.cuh", include_str!("product.cuh"));
 pub(super) const RANKING: (&str, &str) = ("decode_ranking.cuh", include_str!("ranking.cuh"));
 static PROJECT: Source = Source {
@@ -16,12 +17,15 @@ static PROJECT: Source = Source {
     text: include_str!("project.cu"),
     headers: &[LAYOUT, GROUPS, PRODUCT, RANKING],
 };
-static SCAN: Source =
-    Source { name: "decode_scan", text: include_str!("scan.cu"), headers: &[LAYOUT, GROUPS] };
+static SCAN: Source = Source {
+    name: "decode_scan",
+    text: include_str!("scan.cu"),
+    headers: &[LAYOUT, GROUPS, RECURRENCE],
+};
 static MANY_SCAN: Source = Source {
     name: "decode_scan_many",
     text: include_str!("scan_many.cu"),
-    headers: &[LAYOUT, GROUPS],
+    headers: &[LAYOUT, GROUPS, RECURRENCE],
 };
 static ROWS: Source =
     Source { name: "decode_rows", text: include_str!("rows.cu"), headers: &[LAYOUT, GROUPS] };
@@ -128,7 +132,7 @@ struct ScanArguments {
     groups: i64,
     eps: f32,
 }
-// SAFETY: the layout of `ScanArguments` in scan.cu.
+// SAFETY: the layout of `ScanArguments` in scan.cuh.
 unsafe impl KernelArguments for ScanArguments {}
 
 #[repr(C)]

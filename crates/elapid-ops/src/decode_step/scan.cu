@@ -5,16 +5,9 @@
 // sectors. State, decay rates and Δ's weights are asked for before the kernel waits for the one before it: nobody else
 // touches them. What is left behind that wait is short, as this kernel stands in every layer's chain.
 //
-// Macros: STATES, N; RANK, R; NORMED (1: Δ's input, B and C are divided by their root mean square first); NARROW_STATE (1:
-// the state is kept in bf16).
+// Macros: those of scan.cuh.
 #include "prelude.cuh"
-#include "decode_layout.cuh"
-
-#if NARROW_STATE
-using State = bf16;
-#else
-using State = float;
-#endif
+#include "decode_scan.cuh"
 
 constexpr int THREADS = 128, WARPS = THREADS / WARP;
 constexpr int PAIRS = TILE_ROWS * TILE_COLUMNS;  // of channel and sequence: one a thread
@@ -25,36 +18,11 @@ constexpr bool SHARED_CHANNEL = QUADS > 1 || STATES == 4;
 constexpr int TURNS = QUADS;
 constexpr int EARLY = SHARED_CHANNEL ? (TURNS < 4 ? TURNS : 4) : 0;
 // Of the selection's rows in shared memory.
-constexpr int WIDTH = RANK + 2 * STATES;
 constexpr int STRIDE = WIDTH + 4 - WIDTH % 4;
-// Blocks of 32 terms of Δ's product, and those of a warp; its weights are kept for two.
-constexpr int DELTA_BLOCKS = (RANK + BLOCK_TERMS - 1) / BLOCK_TERMS;
+// Blocks of Δ's product of a warp; its weights are kept for two.
 constexpr int WARP_BLOCKS = (DELTA_BLOCKS + WARPS - 1) / WARPS;
 constexpr int HELD_BLOCKS = WARP_BLOCKS < 2 ? WARP_BLOCKS : 2;
 constexpr int DELTA_PARTS = DELTA_BLOCKS < WARPS ? DELTA_BLOCKS : WARPS;
-
-struct ScanArguments {
-    const float* selection;   // [columns, R + 2 N]: Δ's input, B, C
-    const uint8_t* delta;     // weights of Δ [E, R], bf16
-    const float* delta_bias;  // [E], or none
-    const float* a;           // [E, N]
-    const float* d;           // [E]
-    State* state;             // [slots, E, N]
-    const int32_t* slots;     // [columns], -1 for a column without a sequence
-    const bf16* u;            // activations [columns, E]
-    const bf16* gate;         // [columns, E]
-    bf16* y;                  // activations [columns, E]
-    int64_t channels;
-    int64_t channel_blocks;
-    int64_t columns;
-    int64_t groups;           // of a block
-    float eps;                // of the norms
-};
-
-// What a pair brings to its states.
-struct Pair {
-    float delta, step;        // Δ, Δ u
-};
 
 KERNEL(decode_scan, ScanArguments, 128, 4) {
     __shared__ float rows[TILE_COLUMNS * STRIDE];
@@ -134,15 +102,7 @@ KERNEL(decode_scan, ScanArguments, 128, 4) {
             }
 #if NORMED
             __syncwarp();
-            auto normalise = [&](int first, int count) {
-                float sum = 0.0f;
-                for (int i = lane_id(); i < count; i += WARP) sum = fmaf(to[first + i], to[first + i], sum);
-                float factor = 1.0f / sqrtf(warp_sum(sum) / float(count) + args.eps);
-                for (int i = lane_id(); i < count; i += WARP) to[first + i] *= factor;
-            };
-            normalise(0, RANK);
-            normalise(RANK, STATES);
-            normalise(RANK + STATES, STATES);
+            normalise_row(to, args.eps);
 #endif
         }
         if (group + 1 < end_group) load_states(group + 1, following);

@@ -5,16 +5,10 @@
 // What a state needs besides itself is made ready in shared memory meanwhile: B and C by rows of the selection, Δ by a
 // product of the tensor cores of 16 channels and 8 sequences a warp.
 //
-// Macros: STATES, N: 4, 8, 16 or 32; RANK, R; NORMED, NARROW_STATE as in scan.cu; CHANNEL_TILES, COLUMN_GROUPS; RESIDENT,
-// blocks on a multiprocessor; UNDER_WAY; DELTA_WARPS, that share a sum of Δ in scan.cu.
+// Macros: those of scan.cuh, STATES 4, 8, 16 or 32; CHANNEL_TILES, COLUMN_GROUPS; RESIDENT, blocks on a multiprocessor;
+// UNDER_WAY; DELTA_WARPS, that share a sum of Δ in scan.cu.
 #include "prelude.cuh"
-#include "decode_layout.cuh"
-
-#if NARROW_STATE
-using State = bf16;
-#else
-using State = float;
-#endif
+#include "decode_scan.cuh"
 
 constexpr int CHANNELS = CHANNEL_TILES * TILE_ROWS, COLUMNS = COLUMN_GROUPS * TILE_COLUMNS;
 constexpr int WARPS = CHANNEL_TILES * COLUMN_GROUPS, THREADS = WARPS * WARP;
@@ -28,34 +22,9 @@ constexpr int TURN_COLUMNS = THREADS / (CHANNELS * QUADS);
 static_assert(TURN_COLUMNS >= 1, "a thread keeps its channel");
 constexpr int WANTED = UNDER_WAY / (4 * sizeof(State)), AHEAD = TURNS < WANTED ? TURNS : WANTED;
 // Of the selection's rows in shared memory: rows of 16 bytes that lanes read without meeting a bank twice.
-constexpr int WIDTH = RANK + 2 * STATES;
 constexpr int ROUNDED = (WIDTH + 3) / 4 * 4;
 constexpr int STRIDE = ROUNDED % 8 == 0 ? ROUNDED + 4 : ROUNDED;
-constexpr int DELTA_BLOCKS = (RANK + BLOCK_TERMS - 1) / BLOCK_TERMS;
 constexpr int DELTA_PARTS = DELTA_BLOCKS < DELTA_WARPS ? DELTA_BLOCKS : DELTA_WARPS;
-
-struct ScanArguments {
-    const float* selection;   // [columns, R + 2 N]: Δ's input, B, C
-    const uint8_t* delta;     // weights of Δ [E, R], bf16
-    const float* delta_bias;  // [E], or none
-    const float* a;           // [E, N]
-    const float* d;           // [E]
-    State* state;             // [slots, E, N]
-    const int32_t* slots;     // [columns], -1 for a column without a sequence
-    const bf16* u;            // activations [columns, E]
-    const bf16* gate;         // [columns, E]
-    bf16* y;                  // activations [columns, E]
-    int64_t channels;
-    int64_t channel_blocks;
-    int64_t columns;
-    int64_t groups;           // unused
-    float eps;                // of the norms
-};
-
-// What a pair of channel and sequence brings to its states.
-struct Pair {
-    float delta, step;        // Δ, Δ u
-};
 
 // Two numbers as bf16, the first in the lower half.
 DEVICE uint32_t pair_of(float low, float high) {
@@ -144,18 +113,7 @@ KERNEL(decode_scan_many, ScanArguments, 32 * CHANNEL_TILES * COLUMN_GROUPS, RESI
     wait_copies<0>();
     __syncthreads();
 #if NORMED
-    for (int column = warp_id(); column < filled; column += WARPS) {
-        float* row = rows + column * STRIDE;
-        auto normalise = [&](int first, int count) {
-            float sum = 0.0f;
-            for (int i = lane_id(); i < count; i += WARP) sum = fmaf(row[first + i], row[first + i], sum);
-            float factor = 1.0f / sqrtf(warp_sum(sum) / float(count) + args.eps);
-            for (int i = lane_id(); i < count; i += WARP) row[first + i] *= factor;
-        };
-        normalise(0, RANK);
-        normalise(RANK, STATES);
-        normalise(RANK + STATES, STATES);
-    }
+    for (int column = warp_id(); column < filled; column += WARPS) normalise_row(rows + column * STRIDE, args.eps);
     __syncthreads();
 #endif
 
