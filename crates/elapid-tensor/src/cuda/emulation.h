@@ -8,9 +8,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#if !defined(__x86_64__) || defined(_WIN32)
 #include <ucontext.h>
+#endif
 
-#include <algorithm>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -42,7 +44,49 @@ inline float exp2(float x) {
 }
 
 constexpr int LANES = 32;
+constexpr unsigned MOST_THREADS = 1024;
 constexpr size_t STACK = 64 << 10;
+
+// Where a fiber stands while others run.
+#if defined(__x86_64__) && !defined(_WIN32)
+// swapcontext asks the kernel for the mask of signals each time, and sanitizers make it clear the whole stack's shadow.
+struct Standing {
+    void* stack = nullptr;  // its top: where to go on, then what is kept
+};
+inline void start(Standing& fiber, char* stack, size_t bytes, void (*entry)()) {
+    // As if it had been called: a return address above, 16 bytes aligned before that was put down.
+    void** top = reinterpret_cast<void**>(uint64_t(stack + bytes) & ~uint64_t(15)) - 2;
+    top[0] = reinterpret_cast<void*>(entry);
+    top[1] = nullptr;
+    fiber.stack = top;
+}
+inline void change(Standing& from, Standing& to) {
+    void** save = &from.stack;
+    void* target = to.stack;
+    // The first 128 bytes below the stack may be in use; rbx and rbp cannot be named as lost.
+    asm volatile(
+        "leaq -128(%%rsp), %%rsp\n\tpushq %%rbp\n\tpushq %%rbx\n\t"
+        "leaq 1f(%%rip), %%rax\n\tpushq %%rax\n\tmovq %%rsp, (%%rdi)\n\t"
+        "movq %%rsi, %%rsp\n\tpopq %%rax\n\tjmpq *%%rax\n"
+        "1:\n\tpopq %%rbx\n\tpopq %%rbp\n\tleaq 128(%%rsp), %%rsp"
+        : "+D"(save), "+S"(target)
+        :
+        : "rax", "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4",
+          "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "cc", "memory");
+}
+#else
+struct Standing {
+    ucontext_t context;
+};
+inline void start(Standing& fiber, char* stack, size_t bytes, void (*entry)()) {
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = stack;
+    fiber.context.uc_stack.ss_size = bytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, entry, 0);
+}
+inline void change(Standing& from, Standing& to) { swapcontext(&from.context, &to.context); }
+#endif
 
 enum class State { Ready, Barrier, Warp, Done };
 
@@ -55,7 +99,7 @@ struct Copy {
 
 // One thread of a block.
 struct Fiber {
-    ucontext_t context;
+    Standing standing;
     char* stack = nullptr;
     void* shadow = nullptr;
     dim3 index;
@@ -74,13 +118,13 @@ struct Warp {
 
 struct Block {
     dim3 grid, block, index;
-    std::vector<Fiber> fibers;
+    Fiber* fibers[MOST_THREADS] = {};  // made when first wanted, kept for the host thread's life
     unsigned fibers_used = 0;
     std::vector<Warp> warps;
     unsigned char* dynamic = nullptr;
     size_t dynamic_bytes = 0;
     Fiber* current = nullptr;
-    ucontext_t scheduler;
+    Standing scheduler;
     void* shadow = nullptr;
     const void* bottom = nullptr;
     size_t bottom_size = 0;
@@ -99,28 +143,28 @@ inline Block& block() {
     abort();
 }
 
-inline void to_scheduler(bool last = false) {
+inline void to_scheduler() {
     Block& b = block();
-    Fiber* self = b.current;
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(last ? nullptr : &self->shadow, b.bottom, b.bottom_size);
+    __sanitizer_start_switch_fiber(&b.current->shadow, b.bottom, b.bottom_size);
 #endif
-    (void)last;
-    swapcontext(&self->context, &b.scheduler);
+    change(b.current->standing, b.scheduler);
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(self->shadow, &b.bottom, &b.bottom_size);
+    __sanitizer_finish_switch_fiber(b.current->shadow, &b.bottom, &b.bottom_size);
 #endif
 }
 
-inline void entry() {
+// A fiber runs a thread of one block after another, since what it leaves behind on its stack would be in the next one's way.
+[[noreturn]] inline void entry() {
     Block& b = block();
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(nullptr, &b.bottom, &b.bottom_size);
 #endif
-    b.run(b.args);
-    Fiber* self = b.current;
-    self->state = State::Done;
-    to_scheduler(true);
+    for (;;) {
+        b.run(b.args);
+        b.current->state = State::Done;
+        to_scheduler();
+    }
 }
 
 inline void resume(Fiber& fiber) {
@@ -129,7 +173,7 @@ inline void resume(Fiber& fiber) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(&b.shadow, fiber.stack, STACK);
 #endif
-    swapcontext(&b.scheduler, &fiber.context);
+    change(b.scheduler, fiber.standing);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(b.shadow, nullptr, nullptr);
 #endif
@@ -160,7 +204,7 @@ inline const uint64_t* exchange(unsigned mask, uint64_t value) {
     self->state = State::Warp;
     unsigned present = 0;
     for (unsigned other = 0; other < LANES && first + other < b.fibers_used; ++other) {
-        Fiber& fiber = b.fibers[first + other];
+        Fiber& fiber = *b.fibers[first + other];
         if ((mask >> other & 1) && fiber.state == State::Warp) {
             if (fiber.mask != mask) fail("lanes of one warp operation disagree about its mask");
             present |= 1u << other;
@@ -173,7 +217,7 @@ inline const uint64_t* exchange(unsigned mask, uint64_t value) {
     // The last to come hands the table to all and lets them go on.
     for (unsigned other = 0; other < LANES; ++other) {
         if (!(mask >> other & 1)) continue;
-        Fiber& fiber = b.fibers[first + other];
+        Fiber& fiber = *b.fibers[first + other];
         memcpy(fiber.seen, warp.values, sizeof(warp.values));
         fiber.state = State::Ready;
     }
@@ -272,18 +316,17 @@ inline void run_block() {
     // Shared memory starts as NaN: what was not written shows.
     if (b.dynamic_bytes) memset(b.dynamic, 0xff, b.dynamic_bytes);
     for (unsigned i = 0; i < count; ++i) {
-        Fiber& fiber = b.fibers[i];
+        if (!b.fibers[i]) b.fibers[i] = new Fiber();
+        Fiber& fiber = *b.fibers[i];
         fiber.number = i;
         fiber.index = {i % b.block.x, i / b.block.x % b.block.y, i / (b.block.x * b.block.y)};
         fiber.state = State::Ready;
         fiber.copies.clear();
         fiber.group = 0;
-        if (!fiber.stack) fiber.stack = (char*)malloc(STACK);  // kept for the thread's life
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack;
-        fiber.context.uc_stack.ss_size = STACK;
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, entry, 0);
+        if (!fiber.stack) {
+            fiber.stack = (char*)malloc(STACK);
+            start(fiber.standing, fiber.stack, STACK, entry);
+        }
     }
     std::vector<unsigned> order(count);
     for (unsigned i = 0; i < count; ++i) order[i] = i;
@@ -291,21 +334,21 @@ inline void run_block() {
         for (unsigned i = count; i > 1; --i) std::swap(order[i - 1], order[draw() % i]);
         bool progress = false;
         for (unsigned i : order) {
-            if (b.fibers[i].state == State::Ready) {
-                resume(b.fibers[i]);
+            if (b.fibers[i]->state == State::Ready) {
+                resume(*b.fibers[i]);
                 progress = true;
             }
         }
         if (progress) continue;
         unsigned waiting = 0, done = 0;
         for (unsigned i = 0; i < count; ++i) {
-            waiting += b.fibers[i].state == State::Barrier;
-            done += b.fibers[i].state == State::Done;
+            waiting += b.fibers[i]->state == State::Barrier;
+            done += b.fibers[i]->state == State::Done;
         }
         if (done == count) return;
         if (waiting + done < count) fail("deadlock: lanes of a warp operation do not all come");
         if (done) fail("a barrier that ended threads never reach");
-        for (unsigned i = 0; i < count; ++i) b.fibers[i].state = State::Ready;
+        for (unsigned i = 0; i < count; ++i) b.fibers[i]->state = State::Ready;
     }
 }
 
@@ -315,12 +358,7 @@ inline void run_grid(void (*run)(const void*), const void* args, const uint32_t*
     b.grid = {sizes[0], sizes[1], sizes[2]};
     b.block = {sizes[3], sizes[4], sizes[5]};
     unsigned count = sizes[3] * sizes[4] * sizes[5];
-    if (count == 0 || count > 1024) fail("a block has 1 to 1024 threads");
-    if (b.fibers.size() < count) {
-        std::vector<Fiber> more(count);
-        for (size_t i = 0; i < b.fibers.size(); ++i) more[i].stack = b.fibers[i].stack;
-        b.fibers = std::move(more);
-    }
+    if (count == 0 || count > MOST_THREADS) fail("a block has 1 to 1024 threads");
     b.run = run;
     b.args = args;
     b.random = (seed * 0x9e3779b97f4a7c15ull) | 1;  // neighbours draw nothing alike

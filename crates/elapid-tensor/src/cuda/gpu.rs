@@ -25,8 +25,11 @@ struct Inner {
     pool: Mutex<Pool>,
     recording: RwLock<Option<Recording>>,
     profile: Mutex<Option<Profile>>,
-    modules: Mutex<HashMap<String, Module>>,
+    modules: Mutex<HashMap<String, Place>>,
 }
+
+/// Of a module, locked while it is compiled, so that others can be compiled meanwhile.
+type Place = Arc<Mutex<Option<Module>>>;
 
 /// What carries out the calls.
 pub(super) enum Driver {
@@ -244,7 +247,10 @@ impl Gpu {
         // Nothing may be loaded while another thread records; the turn comes first, as that thread asks for modules, too.
         let _turn = self.turn();
         let mut modules = self.0.modules.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(module) = modules.get(&key) {
+        let place = modules.entry(key).or_default().clone();
+        drop(modules);
+        let mut place = place.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(module) = &*place {
             return Ok(module.clone());
         }
         let code = match self.driver() {
@@ -252,7 +258,7 @@ impl Gpu {
             Driver::Host => Code::Host(HostModule::compile(source, macros)?),
         };
         let module = Module(Arc::new(ModuleInner { source: source.name, code }));
-        modules.insert(key, module.clone());
+        *place = Some(module.clone());
         Ok(module)
     }
 
