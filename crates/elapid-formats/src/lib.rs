@@ -20,6 +20,7 @@ pub mod pytorch;
 pub mod state_file;
 mod strided;
 pub mod tensor_file;
+mod texts;
 pub mod tokenizer;
 mod zip;
 
@@ -34,4 +35,5 @@ pub use state_file::{
     save_state,
 };
 pub use tensor_file::{TensorFile, save_tensors};
+pub use texts::Texts;
 pub use tokenizer::Tokenizer;

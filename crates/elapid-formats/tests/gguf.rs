@@ -263,7 +263,7 @@ fn all_kinds_of_metadata_come_back() {
         Array::F32(vec![0.5, f32::INFINITY]),
         Array::F64(vec![0.1]),
         Array::Bool(vec![true, false]),
-        Array::Text(vec!["Ġa".into(), String::new()]),
+        Array::Text(["Ġa", ""].into()),
     ];
     let scalars = [
         Value::U8(1),

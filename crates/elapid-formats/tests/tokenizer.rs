@@ -37,7 +37,7 @@ fn small() -> Vocabulary {
     Vocabulary {
         model: "gpt2".into(),
         pre: Some("gpt-2".into()),
-        tokens,
+        tokens: tokens.into_iter().collect(),
         kinds,
         merges: merges.into(),
         end_of_sequence: Some(262),
@@ -215,9 +215,9 @@ fn lists_that_do_not_fit_are_refused_by_name() {
         &["token_type", "264", "found 1"],
     );
     refused(Vocabulary { end_of_sequence: Some(264), ..small() }, &["eos_token_id", "264"]);
-    refused(Vocabulary { merges: vec!["th".into()], ..small() }, &["merges", "\"th\""]);
-    refused(Vocabulary { merges: vec!["th x".into()], ..small() }, &["th", "tokenizer"]);
-    let twice = Vocabulary { tokens: vec!["a".into(), "a".into()], kinds: vec![], ..small() };
+    refused(Vocabulary { merges: ["th"].into(), ..small() }, &["merges", "\"th\""]);
+    refused(Vocabulary { merges: ["th x"].into(), ..small() }, &["th", "tokenizer"]);
+    let twice = Vocabulary { tokens: ["a", "a"].into(), kinds: vec![], ..small() };
     refused(Vocabulary { end_of_sequence: None, ..twice }, &["tokens", "\"a\" twice"]);
 }
 

@@ -176,6 +176,7 @@ fn golden_with_tokenizer(program: &Program) {
     let mut kinds = vec![TokenKind::Normal; tokens.len()];
     kinds[259] = TokenKind::Control;
     let merges = ["t h", "th e", "Ġ the"].map(String::from).into();
+    let tokens = tokens.into_iter().collect();
     let words = Vocabulary { model: "gpt2".into(), tokens, kinds, merges, ..Vocabulary::default() };
     let text = words.to_json(std::path::Path::new("words")).unwrap().unwrap().to_string();
     program.write("words/tokenizer.json", text);

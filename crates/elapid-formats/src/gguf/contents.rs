@@ -78,5 +78,6 @@ fn log_bytes(a: &StoredTensor, exact: &BTreeMap<u64, f32>, first: u64) -> Vec<u8
         // Its size was checked when it was stored; no number is what a reader refuses by name.
         values.fill(f32::NAN);
     }
+    a.bytes.release();
     logs(&values, exact, first).iter().flat_map(|value| value.to_le_bytes()).collect()
 }

@@ -61,16 +61,21 @@ impl<'a> Cursor<'a> {
 
     /// A number of items that have at least `size` bytes each.
     pub(super) fn count(&mut self, what: &str, size: usize) -> Result<usize, String> {
+        self.count_of(|| what.to_owned(), size)
+    }
+
+    fn count_of(&mut self, what: impl Fn() -> String, size: usize) -> Result<usize, String> {
         let count = self.u64()?;
         let most = self.left() / size;
         usize::try_from(count).ok().filter(|&count| count <= most).ok_or_else(|| {
+            let what = what();
             format!("absurd number of {what}: {count}, the rest of the file holds {most} at most")
         })
     }
 
     pub(super) fn text(&mut self, what: &str) -> Result<&'a str, String> {
         let at = self.at;
-        let length = self.count(&format!("bytes of {what}"), 1)?;
+        let length = self.count_of(|| format!("bytes of {what}"), 1)?;
         let bytes = self.take(length)?;
         std::str::from_utf8(bytes)
             .map_err(|error| format!("{what} at byte {at} is no UTF-8: {error}"))
@@ -126,7 +131,7 @@ impl<'a> Cursor<'a> {
             7 => Array::Bool((0..count).map(|_| self.truth(key)).collect::<Result<_, _>>()?),
             8 => {
                 let what = format!("an item of {key:?}");
-                let items = (0..count).map(|_| self.text(&what).map(str::to_owned));
+                let items = (0..count).map(|_| self.text(&what));
                 Array::Text(items.collect::<Result<_, _>>()?)
             }
             10 => Array::U64(self.numbers(count, u64::from_le_bytes)?),

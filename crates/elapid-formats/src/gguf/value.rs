@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::Texts;
+
 /// An array of one type.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Array {
@@ -28,7 +30,7 @@ pub enum Array {
     /// Truth values.
     Bool(Vec<bool>),
     /// Texts.
-    Text(Vec<String>),
+    Text(Texts),
 }
 
 impl Array {
@@ -147,7 +149,7 @@ impl Value {
     }
 
     /// An array of texts.
-    pub fn as_texts(&self) -> Option<&[String]> {
+    pub fn as_texts(&self) -> Option<&Texts> {
         match self {
             Value::Array(Array::Text(items)) => Some(items),
             _ => None,

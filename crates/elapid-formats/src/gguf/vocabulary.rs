@@ -6,7 +6,7 @@ use super::read::GgufFile;
 use super::value::{Array, Value};
 use crate::model_source::{Format, ModelSource};
 use crate::tokenizer::{TOKENIZER_FILE, TokenKind, Tokenizer, Vocabulary, end_of_sequence};
-use crate::{Result, json};
+use crate::{Result, Texts, json};
 
 const PREFIX: &str = "tokenizer.";
 
@@ -20,9 +20,9 @@ impl GgufFile {
         let text = |name: &str| -> Result<Option<String>> {
             Ok(self.text(&key(name))?.map(str::to_owned))
         };
-        let texts = |name: &str| -> Result<Vec<String>> {
+        let texts = |name: &str| -> Result<Texts> {
             let found = self.value(&key(name), "an array of texts", Value::as_texts)?;
-            Ok(found.unwrap_or_default().to_vec())
+            Ok(found.cloned().unwrap_or_default())
         };
         let id = |name: &str| {
             self.value(&key(name), "a token id", |value| {

@@ -8,6 +8,8 @@ use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
 use memmap2::Mmap;
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
 
 use crate::tensor_file::open_regular;
 use crate::{Error, Result};
@@ -79,6 +81,26 @@ impl Bytes {
         matches!(self.owner, Owner::Map(_))
     }
 
+    /// Tells the system that nobody will look at these bytes soon: pages of a file that lie inside them leave memory,
+    /// and come back from the file if somebody does. Does nothing to a buffer.
+    pub fn release(&self) {
+        #[cfg(unix)]
+        if let Owner::Map(map) = &self.owner {
+            /// Of whole pages, so that neighbours stay; where pages are larger, those come back too.
+            const PAGE: usize = 4096;
+            let start = self.range.start.next_multiple_of(PAGE);
+            let end = self.range.end / PAGE * PAGE;
+            if start < end {
+                // SAFETY: the pages are a file's, mapped read-only, so they come back as they were.
+                let advised = unsafe {
+                    map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start)
+                };
+                // Only memory is at stake.
+                advised.unwrap_or_default();
+            }
+        }
+    }
+
     /// True if both are the same place of the same memory.
     pub fn is_same_place(&self, other: &Self) -> bool {
         let same = match (&self.owner, &other.owner) {
@@ -148,6 +170,22 @@ mod tests {
         assert_eq!((bytes.len(), CALLS.load(Ordering::Relaxed)), (3, 0));
         assert_eq!((&*tail, &*bytes), (&[2u8, 3][..], &[1u8, 2, 3][..]));
         assert_eq!(CALLS.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn released_bytes_come_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let content: Vec<u8> = (0..100_000).map(|i| (i % 251) as u8).collect();
+        std::fs::write(&path, &content).unwrap();
+        let all = Bytes::map(&path).unwrap();
+        for range in [0..100_000, 5000..90_000, 10..20, 4095..8193, 7..7] {
+            let part = all.slice(range.clone()).unwrap();
+            assert!(*part == content[range.clone()]);
+            part.release();
+            assert!(*part == content[range] && *all == content[..]);
+        }
+        Bytes::from(content).release();
     }
 
     #[test]

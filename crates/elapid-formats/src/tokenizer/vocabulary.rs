@@ -4,6 +4,7 @@
 //!
 //! GGUF has no place for a normaliser, so what comes back from it has none (GPT-NeoX's is NFC).
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -11,7 +12,7 @@ use serde_json::{Map, Value, json};
 use tokenizers::models::bpe::Vocab;
 
 use super::{Tokenizer, bpe};
-use crate::{Error, Result};
+use crate::{Error, Result, Texts};
 
 /// What a token is (`tokenizer.ggml.token_type`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -54,11 +55,11 @@ pub struct Vocabulary {
     /// `tokenizer.ggml.pre`: how a text is divided into words.
     pub pre: Option<String>,
     /// `tokenizer.ggml.tokens`: the text of each id, in the byte-level alphabet.
-    pub tokens: Vec<String>,
+    pub tokens: Texts,
     /// `tokenizer.ggml.token_type`: one for each token, or empty if all are normal.
     pub kinds: Vec<TokenKind>,
     /// `tokenizer.ggml.merges`: two tokens with a space between them, best first.
-    pub merges: Vec<String>,
+    pub merges: Texts,
     /// `tokenizer.ggml.bos_token_id`.
     pub begin_of_sequence: Option<u32>,
     /// `tokenizer.ggml.eos_token_id`.
@@ -168,13 +169,13 @@ impl Vocabulary {
     fn vocab_and_merges(&self, source: &Path) -> Result<(Vocab, Vec<bpe::Merge>)> {
         let refuse = |key, expected, found| Err(refused(source, key, expected, found));
         let mut vocab = Vocab::with_capacity(self.tokens.len());
-        for (id, token) in (0..).zip(&self.tokens) {
-            if vocab.insert(token.clone(), id).is_some() {
+        for (id, token) in (0..).zip(self.tokens.iter()) {
+            if vocab.insert(token.to_owned(), id).is_some() {
                 return refuse("tokens", "every token once", format!("{token:?} twice"));
             }
         }
         let mut merges = Vec::with_capacity(self.merges.len());
-        for merge in &self.merges {
+        for merge in self.merges.iter() {
             match merge.split_once(' ') {
                 Some((left, right)) if !left.is_empty() && !right.is_empty() => {
                     merges.push(bpe::Merge(left.into(), right.into()));
@@ -264,7 +265,7 @@ impl Vocabulary {
         if begin.is_none() && end.is_none() {
             return Value::Null;
         }
-        let token = |id: u32| self.tokens.get(id as usize).cloned().unwrap_or_default();
+        let token = |id: u32| self.tokens.get(id as usize).unwrap_or_default().to_owned();
         let mark = |id: u32| json!({"SpecialToken": {"id": token(id), "type_id": 0}});
         let sequence = |name: &str| json!({"Sequence": {"id": name, "type_id": 0}});
         let around = |inner: &[Value]| -> Vec<Value> {
@@ -326,8 +327,8 @@ impl Vocabulary {
             kinds[place] = kind;
         }
         let merges = pairs.iter().map(|pair| match pair {
-            Value::String(text) => Some(text.clone()),
-            pair => Some(format!("{} {}", pair[0].as_str()?, pair[1].as_str()?)),
+            Value::String(text) => Some(Cow::Borrowed(text.as_str())),
+            pair => Some(format!("{} {}", pair[0].as_str()?, pair[1].as_str()?).into()),
         });
         let Some(merges) = merges.collect() else {
             return Err(Error::format(source, "a merge is not a pair of tokens"));
@@ -335,7 +336,7 @@ impl Vocabulary {
         Ok(Some(Self {
             model: "gpt2".into(),
             pre: Some(pre.into()),
-            tokens,
+            tokens: tokens.into_iter().collect(),
             kinds,
             merges,
             ..Self::default()

@@ -270,6 +270,8 @@ impl Parameters for EngineParameters<'_> {
             let bytes = &tensor.bytes[range.start * size..range.end * size];
             dequantize(tensor.encoding, bytes, &mut values)?;
         }
+        // The engine runs on its own copy.
+        tensor.bytes.release();
         Ok(Cow::Owned(values))
     }
 

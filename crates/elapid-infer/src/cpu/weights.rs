@@ -295,6 +295,7 @@ impl Reader<'_> {
         let tensor = self.stored(name, elements)?;
         let mut values = vec![0.0; elements];
         tensor.read_f32(&mut values)?;
+        tensor.bytes.release();
         finite(name, &values, 0)?;
         Ok(values)
     }
@@ -305,6 +306,8 @@ impl Reader<'_> {
         let finite = encoding != tensor.encoding;
         let bytes = if finite {
             let bytes = self.convert(&tensor, name, rows, columns, encoding)?;
+            // The engine has its own copy now.
+            tensor.bytes.release();
             self.done += tensor.bytes.len() as u64;
             (self.progress)(self.done, self.all);
             bytes
