@@ -37,7 +37,8 @@ pub struct Options {
     pub stop: Vec<String>,
     /// Tokens that end a sequence; they are no part of its text.
     pub end_of_sequence: Vec<u32>,
-    /// Prompts are read so many tokens at a time, which bounds memory.
+    /// Each prompt is read so many tokens at a time, which bounds memory; [`Reading::tokens`](crate::Reading::tokens) is
+    /// what is fastest. Where prompts are cut may change the last bits of what a GPU makes of them.
     pub chunk: usize,
 }
 
@@ -153,8 +154,9 @@ pub fn generate(
     }
     let limits = Limits {
         slots: requests.len().max(1),
-        prefill_tokens: options.chunk.max(1),
+        prefill_tokens: options.chunk.max(runner.reading().tokens),
         queue: requests.len(),
+        ..Limits::default()
     };
     let mut scheduler = Scheduler::new(runner, limits)?;
     for request in requests {

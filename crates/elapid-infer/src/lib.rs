@@ -22,7 +22,7 @@ pub use error::{Error, Result};
 pub use forward::{Piece, forward};
 pub use generate::{Event, Finish, Generated, Generation, Options, Request, Timing, generate};
 pub use gpu::{GpuEngine, SampledSteps, Start};
-pub use runner::{Logits, ModelRunner, NextTokens, Receiver, Runner};
+pub use runner::{Logits, ModelRunner, NextTokens, Reading, Receiver, Runner};
 pub use sampler::{Sampler, Sampling};
 pub use scheduler::{Handle, Limits, Scheduler, Update};
 pub use self_check::{Checked, Rows, SelfCheck, Trace};

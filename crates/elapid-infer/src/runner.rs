@@ -5,6 +5,7 @@ use std::ops::ControlFlow;
 
 use elapid_models::{Context, LanguageModel, MambaConfig, State};
 use elapid_tensor::autograd::no_grad;
+use elapid_tensor::cuda::batch_invariant;
 use elapid_tensor::{Device, Sequence, Sequences, Tensor};
 
 use crate::generate::{Event, Generation, Options, Request};
@@ -39,6 +40,29 @@ pub trait NextTokens {
     fn take(&mut self, slot: usize, token: Result<u32>);
 }
 
+/// How a runner reads prompts best.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reading {
+    /// Tokens that fill the machine: what a call should have, of one prompt or of many, and a piece of a long prompt.
+    /// The memory of a call grows with them.
+    pub tokens: usize,
+    /// Where a call costs much whatever is in it, it pays to let prompts wait until one in so many slots is free.
+    pub wait_for_slots_in: usize,
+}
+
+impl Default for Reading {
+    fn default() -> Self {
+        Self { tokens: 2048, wait_for_slots_in: usize::MAX }
+    }
+}
+
+impl Reading {
+    /// Of a GPU: products of 2,048 rows leave a part of a large one idle, and a call for one short prompt takes the host as
+    /// long to launch as several decode steps do. Activations of 8,192 tokens are some 0.7 GB with 2560 features and twice
+    /// as many channels.
+    pub(crate) const GPU: Self = Self { tokens: 8192, wait_for_slots_in: 16 };
+}
+
 /// A model that is ready to run.
 ///
 /// The logits and the state of a sequence have the same bits alone and in any batch, and wherever it is divided
@@ -59,6 +83,11 @@ pub trait Runner {
     /// With the first difference.
     fn check_state(&self, state: &State) -> Result<()>;
 
+    /// How prompts are read best.
+    fn reading(&self) -> Reading {
+        Reading::default()
+    }
+
     /// Runs the tokens `ids` [T] of `sequences` from `state` (none: every sequence starts from nothing) and returns
     /// the state after each sequence. `wanted` are the tokens whose logits `receive` gets, ascending, in 0..T.
     ///
@@ -77,7 +106,8 @@ pub trait Runner {
     ) -> Result<State>;
 
     /// Runs one token of each of `sequences`, which all are continued, from `state`, has the next token of each chosen,
-    /// in their order, and returns the state after it. Unless a runner chooses itself, `next` gets the logits.
+    /// in their order, and returns the state after it. Unless a runner chooses itself, `next` gets the logits. The state
+    /// is as the runner keeps it, which need not be f32; every call takes it so.
     ///
     /// # Errors
     /// As [`Runner::run`], and if a sequence has another number of tokens or does not go on.
@@ -114,6 +144,10 @@ impl<R: Runner + ?Sized> Runner for &mut R {
 
     fn check_state(&self, state: &State) -> Result<()> {
         (**self).check_state(state)
+    }
+
+    fn reading(&self) -> Reading {
+        (**self).reading()
     }
 
     fn decode(
@@ -230,7 +264,8 @@ pub(crate) fn check_call(
     }
 }
 
-/// Runs a [`LanguageModel`] where it is; decode steps on a GPU are recorded once and launched as one.
+/// Runs a [`LanguageModel`] where it is; decode steps on a GPU are recorded once and launched as one. What is not a decode
+/// step of all slots has the same bits for a sequence alone and among others, on a GPU too.
 pub struct ModelRunner<'a> {
     model: &'a LanguageModel,
     steps: Option<GpuSteps>,
@@ -254,6 +289,10 @@ impl Runner for ModelRunner<'_> {
 
     fn check_state(&self, state: &State) -> Result<()> {
         Ok(self.model.check_state(state)?)
+    }
+
+    fn reading(&self) -> Reading {
+        if self.model.device() == Device::Cpu { Reading::default() } else { Reading::GPU }
     }
 
     fn run(
@@ -282,19 +321,32 @@ impl Runner for ModelRunner<'_> {
                 }
                 (state, _) => state,
             };
-            let ids = Tensor::from_slice(ids, [ids.len()])?;
-            let (hidden, state) = self.model.hidden(&ids, sequences, state, &mut Context::new())?;
-            let step = (LOGITS_AT_ONCE / self.config().padded_vocab_size()).max(1);
-            let mut first = 0;
-            for part in wanted.chunks(step) {
-                let logits = self.model.logits(&rows(&hidden, part)?)?.to(Device::Cpu)?;
-                if receive(Logits { first, values: logits.data::<f32>()? }).is_break() {
-                    break;
-                }
-                first += part.len();
-            }
-            Ok(state)
+            batch_invariant(|| self.read(ids, sequences, state, wanted, receive))
         })
+    }
+}
+
+impl ModelRunner<'_> {
+    fn read(
+        &self,
+        ids: &[u32],
+        sequences: &Sequences,
+        state: Option<State>,
+        wanted: &[usize],
+        receive: &mut Receiver<'_>,
+    ) -> Result<State> {
+        let ids = Tensor::from_slice(ids, [ids.len()])?;
+        let (hidden, state) = self.model.hidden(&ids, sequences, state, &mut Context::new())?;
+        let step = (LOGITS_AT_ONCE / self.config().padded_vocab_size()).max(1);
+        let mut first = 0;
+        for part in wanted.chunks(step) {
+            let logits = self.model.logits(&rows(&hidden, part)?)?.to(Device::Cpu)?;
+            if receive(Logits { first, values: logits.data::<f32>()? }).is_break() {
+                break;
+            }
+            first += part.len();
+        }
+        Ok(state)
     }
 }
 

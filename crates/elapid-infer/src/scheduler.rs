@@ -12,11 +12,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use elapid_models::State;
-use elapid_tensor::{Sequence, Sequences};
+use elapid_tensor::{DType, Sequence, Sequences};
 
 use crate::generate::{Finish, Generated, Options, Request, Timing};
 use crate::text::TokenText;
-use crate::{Error, Logits, NextTokens, Result, Runner, Sampler, Sampling};
+use crate::{Error, Logits, NextTokens, Reading, Result, Runner, Sampler, Sampling};
 
 /// How much runs at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,11 +28,27 @@ pub struct Limits {
     pub prefill_tokens: usize,
     /// Requests that may wait for a slot.
     pub queue: usize,
+    /// Slots that must be free before waiting prompts are read, so that one call reads several; fewer if fewer wait, none
+    /// if prompts are being read anyway.
+    pub together: usize,
+    /// Reads all prompts that have a slot before it decodes: running sequences wait, and run in larger batches.
+    pub reads_first: bool,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { slots: 8, prefill_tokens: 2048, queue: usize::MAX }
+        let (queue, together, reads_first) = (usize::MAX, 1, false);
+        Self { slots: 8, prefill_tokens: 2048, queue, together, reads_first }
+    }
+}
+
+impl Limits {
+    /// For many requests that are to end soon on the whole, while nobody waits for the next token of any.
+    pub fn throughput(runner: &dyn Runner, slots: usize) -> Self {
+        let Reading { tokens, wait_for_slots_in } = runner.reading();
+        let together = (slots / wait_for_slots_in.max(1)).max(1);
+        let (prefill_tokens, reads_first) = (tokens, true);
+        Self { slots, prefill_tokens, together, reads_first, ..Self::default() }
     }
 }
 
@@ -283,7 +299,8 @@ impl<R: Runner> Scheduler<R> {
         }
         self.harvest();
         let started = Instant::now();
-        let decoded = self.decode();
+        let decoding = !self.limits.reads_first || self.batch.reading.is_empty();
+        let decoded = if decoding { self.decode() } else { 0 };
         if decoded > 0 {
             self.timing.decode_tokens += decoded;
             self.timing.decode += started.elapsed();
@@ -300,7 +317,9 @@ impl<R: Runner> Scheduler<R> {
             };
             self.batch.reading.retain(|&other| other != slot);
             let state = match &self.state {
-                Some(state) if running.continued => state.select(&[slot]).map_err(Error::from),
+                Some(state) if running.continued => {
+                    state.select(&[slot]).and_then(|own| own.cast(DType::F32)).map_err(Error::from)
+                }
                 // What was cancelled before its first token was read has nothing in its slot.
                 _ => self.runner.fresh_state(1),
             };
@@ -326,8 +345,14 @@ impl<R: Runner> Scheduler<R> {
         }
     }
 
-    /// Gives waiting requests the free slots.
+    /// Gives waiting requests the free slots, unless it is better to wait for more.
     fn admit(&mut self) {
+        let free = self.batch.slots.iter().filter(|slot| slot.is_none()).count();
+        let wanted = self.limits.together.min(self.limits.slots).min(self.waiting.len());
+        let reads = self.waiting.front().is_some_and(|running| running.logits.is_none());
+        if free < wanted && reads && self.batch.reading.is_empty() {
+            return;
+        }
         while let Some(slot) = self.batch.slots.iter().position(Option::is_none) {
             let Some(mut running) = self.waiting.pop_front() else {
                 return;
@@ -351,8 +376,14 @@ impl<R: Runner> Scheduler<R> {
         if self.state.is_none() {
             self.state = Some(self.runner.fresh_state(self.limits.slots)?);
         }
-        if let (Some(own), Some(given)) = (&mut self.state, running.state.take()) {
-            own.set_slot(slot, &given)?;
+        if let Some(given) = running.state.take() {
+            // A prompt is read from the state as it was given, however the runner keeps that of its steps.
+            let own = self.state.take().map(|state| state.cast(DType::F32)).transpose();
+            let own = own.inspect_err(|error| self.batch.fail(&error.clone().into()))?;
+            self.state = own;
+            if let Some(own) = &mut self.state {
+                own.set_slot(slot, &given)?;
+            }
         }
         Ok(())
     }

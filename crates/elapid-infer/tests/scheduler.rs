@@ -151,7 +151,7 @@ fn a_prompt_that_was_read_once_is_forked() {
 #[test]
 fn a_full_queue_and_wrong_requests_are_refused() {
     let model = model();
-    let limits = Limits { slots: 1, prefill_tokens: 8, queue: 2 };
+    let limits = Limits { slots: 1, prefill_tokens: 8, queue: 2, ..Limits::default() };
     let mut scheduler = Scheduler::new(ModelRunner::new(&model), limits).unwrap();
     let options = Options { max_tokens: 2, ..Options::default() };
     let request = |prompt: &[u32]| Request { prompt: prompt.to_vec(), ..Request::default() };

@@ -5,7 +5,7 @@
 
 use std::borrow::Cow;
 
-use elapid_tensor::{Device, Tensor};
+use elapid_tensor::{DType, Device, Tensor};
 
 use crate::{Error, Result};
 
@@ -97,6 +97,19 @@ impl State {
         for (_, tensor) in self.layers.iter_mut().flat_map(|layer| &mut layer.tensors) {
             if tensor.device() != device {
                 *tensor = tensor.to(device)?;
+            }
+        }
+        Ok(self)
+    }
+
+    /// The state in a type; what has it already is moved, not copied.
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    pub fn cast(mut self, dtype: DType) -> Result<Self> {
+        for (_, tensor) in self.layers.iter_mut().flat_map(|layer| &mut layer.tensors) {
+            if tensor.dtype() != dtype {
+                *tensor = tensor.cast(dtype)?;
             }
         }
         Ok(self)

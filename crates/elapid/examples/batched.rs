@@ -7,7 +7,7 @@ use elapid::{LanguageModel, MambaConfig, Options, Request, Sampling};
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     // Random weights here; `elapid::formats::hf::load_model(folder)` reads a trained model.
     let model = LanguageModel::new(&MambaConfig::bytes(64, 2), 0)?;
-    let limits = Limits { slots: 2, prefill_tokens: 256, queue: 100 };
+    let limits = Limits { slots: 2, prefill_tokens: 256, queue: 100, ..Limits::default() };
     let mut scheduler = Scheduler::new(ModelRunner::new(&model), limits)?;
 
     let mut prompts = ["The snake ", "Once upon a time", "fn main() {", "1, 2, 3,"].iter().zip(0..);

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use elapid_formats::{Fingerprint, ModelSource};
-use elapid_infer::{CpuEngine, GpuEngine, Loading, ModelRunner, Rows, Runner};
+use elapid_infer::{CpuEngine, GpuEngine, Loading, ModelRunner, Reading, Rows, Runner};
 use elapid_models::{LanguageModel, MambaConfig};
 use elapid_ops::blocks::Encoding;
 use elapid_ops::decode_step;
@@ -103,6 +103,14 @@ impl ReadyModel {
     /// The model's shape.
     pub fn config(&self) -> &MambaConfig {
         self.source.config()
+    }
+
+    /// How prompts are read best.
+    pub fn reading(&self) -> Reading {
+        match &self.engine {
+            Engine::Cpu(engine) => engine.reading(),
+            Engine::Gpu { model, .. } => ModelRunner::new(model).reading(),
+        }
     }
 
     /// The folder or file that it came from.

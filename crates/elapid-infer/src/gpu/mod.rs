@@ -1,7 +1,7 @@
 //! The decode engine of a GPU: a model whose decode steps run on fused kernels over weights in bf16 or int8.
 //!
-//! Prompts are read by the [`LanguageModel`] itself, each sequence by itself: its matrix products may sum in an order
-//! that depends on the number of tokens. One token of a sequence that goes on is a decode step
+//! Prompts are read by the [`LanguageModel`] itself, all those of a call together: what each gets has the bits that it gets
+//! alone ([`elapid_tensor::cuda::batch_invariant`]). One token of a sequence that goes on is a decode step
 //! ([`elapid_ops::decode_step`]), whose order is always the same, so that sequences can be stepped together. The steps
 //! of a number of sequences are recorded once and launched as one. The tokens that follow are chosen on the card, each
 //! sequence's under its own options, and only they come to the host; but those of a repetition penalty for more than the
@@ -12,6 +12,7 @@
 
 mod choosing;
 mod generate;
+mod in_order;
 mod load;
 mod sampled;
 mod steps;
@@ -25,10 +26,11 @@ use elapid_tensor::{DType, Sequence, Sequences};
 
 use crate::runner::{check_call, check_steps, decode_by_logits};
 use crate::{
-    Error, Event, Generation, Logits, ModelRunner, NextTokens, Options, Receiver, Request, Result,
-    Runner,
+    Error, Event, Generation, Logits, ModelRunner, NextTokens, Options, Reading, Receiver, Request,
+    Result, Runner,
 };
 
+use in_order::InOrder;
 pub use sampled::{SampledSteps, Start};
 use steps::Steps;
 
@@ -65,8 +67,8 @@ impl<'m> GpuEngine<'m> {
     }
 
     /// The engine with the recurrent state of decode steps kept in a type, f32 (as it is made) or bf16: half the bytes, and
-    /// rounded once a step. What is given out and taken back is f32 all the same, so that only steps that choose their
-    /// tokens ([`GpuEngine::sample`]) gain; the convolution's part stays f32.
+    /// rounded once a step. [`Runner::decode`] gives it out as it is kept, all else in f32; the convolution's part stays f32.
+    /// A step rounds the state of prompts that are half read too, which [`Limits::reads_first`](crate::Limits) avoids.
     ///
     /// # Errors
     /// If the type is another.
@@ -110,7 +112,7 @@ impl<'m> GpuEngine<'m> {
         let Some(steps) = &mut self.steps else { return Ok((Vec::new(), State::default())) };
         steps.step(&self.weights, &ids, &slots, false)?;
         let logits = steps.logits(ids.len())?;
-        Ok((logits, steps.state()?))
+        Ok((logits, steps.state().cast(DType::F32)?))
     }
 
     /// One token of each of some sequences, and the choice of the next: on the card, and where it cannot by the logits.
@@ -147,7 +149,7 @@ impl<'m> GpuEngine<'m> {
         let logits = if first > 0 { steps.logits(first)? } else { Vec::new() };
         let mut rows = logits.chunks(classes);
         let mut tokens = steps.chosen(first, &slots[first..]).into_iter();
-        let state = steps.state()?;
+        let state = steps.state();
         // Both are in the order of the sequences.
         let by_host = &slots[..first];
         for sequence in sequences {
@@ -173,19 +175,33 @@ impl<'m> GpuEngine<'m> {
         Ok(steps)
     }
 
-    /// Reads the tokens of one sequence: the logits of those wanted, from `first` on in the batch, and its state.
+    /// Reads the tokens of some of a call's sequences, all at once; the other slots of the state stay as they are.
     fn read(
         &self,
         ids: &[u32],
-        sequence: Sequence,
-        state: Option<State>,
+        reading: &[Sequence],
+        state: State,
         wanted: &[usize],
-        receive: &mut Receiver<'_>,
+        out: &mut InOrder<'_, '_>,
     ) -> Result<State> {
-        let own = sequence.start..sequence.start + sequence.len;
-        let wanted: Vec<usize> = wanted.iter().map(|token| token - own.start).collect();
-        let alone = Sequences::new(vec![Sequence { start: 0, slot: 0, ..sequence }], 1)?;
-        ModelRunner::new(self.model).run(&ids[own], &alone, state, &wanted, receive)
+        let (mut own, mut sequences) = (Vec::new(), Vec::new());
+        // Tokens of these sequences, and the places of the wanted ones among all that are wanted.
+        let (mut tokens, mut places) = (Vec::new(), Vec::new());
+        for sequence in reading {
+            let all = sequence.tokens();
+            let first = wanted.partition_point(|&token| token < all.start);
+            let count = wanted[first..].partition_point(|&token| token < all.end);
+            tokens.extend(wanted[first..][..count].iter().map(|t| own.len() + t - all.start));
+            places.extend(first..first + count);
+            sequences.push(Sequence { start: own.len(), ..*sequence });
+            own.extend_from_slice(&ids[all]);
+        }
+        let sequences = Sequences::new(sequences, state.slots())?;
+        // Without a state nothing is copied.
+        let all_new = sequences.len() == sequences.slots() && !sequences.any_continued();
+        let state = if all_new { None } else { Some(state.cast(DType::F32)?) };
+        let mut receive = |Logits { first, values }: Logits<'_>| out.pass(&places[first..], values);
+        ModelRunner::new(self.model).run(&own, &sequences, state, &tokens, &mut receive)
     }
 }
 
@@ -216,6 +232,10 @@ impl Runner for GpuEngine<'_> {
 
     fn check_state(&self, state: &State) -> Result<()> {
         Ok(self.model.check_state(state)?)
+    }
+
+    fn reading(&self) -> Reading {
+        Reading::GPU
     }
 
     fn decode(
@@ -266,57 +286,27 @@ impl Runner for GpuEngine<'_> {
             sequences.into_iter().filter(|s| s.len > 0).partition(|s| s.len == 1 && s.continued);
         let mut decoded = Vec::new();
         if !decoding.is_empty() {
+            // Steps round what they keep in bf16, of every slot; prompts are read from what others left.
+            let kept = (self.sizes.state != DType::F32)
+                .then(|| state.clone().cast(DType::F32))
+                .transpose()?;
             (decoded, state) = self.logits(ids, &decoding, state)?;
-        }
-        // In the order of the tokens, as their logits are to come.
-        let mut read = Vec::new();
-        let mut given = 0;
-        let mut over = false;
-        let mut columns = decoded.chunks(vocabulary);
-        for sequence in sequences.into_iter().filter(|s| s.len > 0) {
-            let end = given
-                + wanted[given..]
-                    .iter()
-                    .take_while(|&&t| t < sequence.start + sequence.len)
-                    .count();
-            let own = &wanted[given..end];
-            let mut pass = |values: &[f32], first: usize| {
-                if !over && receive(Logits { first: given + first, values }).is_break() {
-                    over = true;
+            if let Some(mut kept) = kept {
+                for Sequence { slot, .. } in &decoding {
+                    kept.set_slot(*slot, &state.select(&[*slot])?)?;
                 }
-            };
-            if sequence.len == 1 && sequence.continued {
-                if let (Some(values), [_]) = (columns.next(), own) {
-                    pass(values, 0);
-                }
-            } else {
-                let before =
-                    sequence.continued.then(|| state.select(&[sequence.slot])).transpose()?;
-                let after = self.read(ids, *sequence, before, own, &mut |logits| {
-                    pass(logits.values, logits.first);
-                    ControlFlow::Continue(())
-                })?;
-                read.push((sequence.slot, after));
+                state = kept;
             }
-            given = end;
         }
-        debug_assert_eq!(read.len(), reading.len());
-        merge(state, read)
+        let columns =
+            decoding.iter().zip(decoded.chunks(vocabulary)).filter_map(|(own, column)| {
+                wanted.binary_search(&own.start).ok().map(|place| (place, column))
+            });
+        let mut out = InOrder::new(vocabulary, columns.collect(), receive);
+        if !reading.is_empty() {
+            state = self.read(ids, &reading, state, wanted, &mut out)?;
+        }
+        out.finish();
+        Ok(state)
     }
-}
-
-/// The state with some of its slots replaced.
-fn merge(state: State, read: Vec<(usize, State)>) -> Result<State> {
-    if read.is_empty() {
-        return Ok(state);
-    }
-    let mut order: Vec<usize> = (0..state.slots()).collect();
-    for (index, (slot, _)) in read.iter().enumerate() {
-        order[*slot] = state.slots() + index;
-    }
-    if let ([(0, _)], 1) = (read.as_slice(), state.slots()) {
-        return Ok(read.into_iter().map(|(_, after)| after).next().unwrap_or(state));
-    }
-    let parts: Vec<&State> = std::iter::once(&state).chain(read.iter().map(|(_, s)| s)).collect();
-    Ok(State::join(&parts)?.select(&order)?)
 }

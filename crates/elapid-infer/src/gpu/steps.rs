@@ -166,10 +166,10 @@ impl Steps {
         tokens
     }
 
-    /// The state after steps that the card counted.
+    /// The state after steps that the card counted, in f32.
     pub(super) fn finish(&mut self, positions: Vec<u64>) -> Result<State> {
         self.positions = positions;
-        self.state()
+        Ok(self.state().cast(DType::F32)?)
     }
 
     /// Carries out a step: a token id and a slot for each column; with `choose`, and the choice of the next tokens of those
@@ -219,13 +219,12 @@ impl Steps {
         Ok(values)
     }
 
-    /// The state after the last step, in f32.
-    pub(super) fn state(&self) -> Result<State> {
+    /// The state after the last step, as steps keep it.
+    pub(super) fn state(&self) -> State {
         let layers = self.layers.iter().map(|own| {
-            let tensors =
-                [(CONV_STATE, own.tail.clone()), (SSM_STATE, own.state.cast(DType::F32)?)];
-            Ok(NamedState::new(tensors.map(|(name, tensor)| (name.into(), tensor))))
+            let tensors = [(CONV_STATE, own.tail.clone()), (SSM_STATE, own.state.clone())];
+            NamedState::new(tensors.map(|(name, tensor)| (name.into(), tensor)))
         });
-        Ok(State { layers: layers.collect::<Result<_>>()?, positions: self.positions.clone() })
+        State { layers: layers.collect(), positions: self.positions.clone() }
     }
 }

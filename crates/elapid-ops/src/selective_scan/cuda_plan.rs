@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use elapid_tensor::cuda::{DeviceBuffer, Gpu, Launch, Result};
+use elapid_tensor::cuda::{DeviceBuffer, Gpu, Launch, Result, is_batch_invariant};
 use elapid_tensor::{Device, Sequences};
 
 use super::{MAX_STATES, OP};
@@ -29,6 +29,9 @@ const WORTH_CUTTING: usize = 4;
 pub enum Cut {
     /// So that the whole batch fills the card.
     Fill,
+    /// Each sequence so that it fills the card alone: then the bits of its results do not depend on what else is in the
+    /// batch.
+    Alone,
     /// Into segments of so many tokens (rounded up to whole tiles): then the bits of a sequence's results do not
     /// depend on what else is in the batch, nor on the card.
     Every(usize),
@@ -124,6 +127,15 @@ impl Shape {
     fn pieces(&self, gpu: &Gpu, blocks: usize) -> usize {
         BLOCKS[self.pair - 1] * gpu.multiprocessors() / blocks.max(1)
     }
+
+    /// Tokens of a segment with which so many blocks, the longest of so many tokens, fill the card.
+    fn segment(&self, gpu: &Gpu, blocks: usize, longest: usize) -> usize {
+        let pieces = self.pieces(gpu, blocks);
+        if pieces < WORTH_CUTTING {
+            return usize::MAX;
+        }
+        longest.div_ceil(pieces).next_multiple_of(self.steps).max(4 * self.steps)
+    }
 }
 
 fn longest(sequences: &Sequences) -> usize {
@@ -157,22 +169,14 @@ impl Plan {
         let size = match cut {
             Cut::Never => usize::MAX,
             Cut::Every(tokens) => tokens.max(1).next_multiple_of(shape.steps),
-            Cut::Fill => {
-                let pieces = shape.pieces(gpu, tiles * sequences.len());
-                if pieces < WORTH_CUTTING {
-                    usize::MAX
-                } else {
-                    longest(sequences)
-                        .div_ceil(pieces)
-                        .next_multiple_of(shape.steps)
-                        .max(4 * shape.steps)
-                }
-            }
+            Cut::Fill => shape.segment(gpu, tiles * sequences.len(), longest(sequences)),
+            Cut::Alone => 0,
         };
         let (mut rows, mut starts, mut runs) = (Vec::new(), vec![0], Vec::new());
         let mut chunks = 0;
         for s in sequences {
             let first = rows.len();
+            let size = if cut == Cut::Alone { shape.segment(gpu, tiles, s.len) } else { size };
             let pieces = s.len.div_ceil(size).max(1);
             for piece in 0..pieces {
                 let begin = piece * size.min(s.len);
@@ -205,7 +209,8 @@ impl Plan {
         })
     }
 
-    /// [`Plan::new`] on the first call, later what that call made.
+    /// [`Plan::new`] on the first call, later what that call made. Sequences are cut to fill the card, within
+    /// [`elapid_tensor::cuda::batch_invariant`] each by itself.
     ///
     /// # Errors
     /// As [`Plan::new`].
@@ -214,9 +219,10 @@ impl Plan {
         sequences: &Sequences,
         (channels, groups, states): (usize, usize, usize),
     ) -> elapid_tensor::Result<Arc<Self>> {
-        let key = (Device::Cuda(gpu.id()), [channels, groups, states, 0]);
+        let cut = if is_batch_invariant() { Cut::Alone } else { Cut::Fill };
+        let key = (Device::Cuda(gpu.id()), [channels, groups, states, (cut == Cut::Alone).into()]);
         let sizes = (channels, groups, states);
-        sequences.kept(key, || Ok(Self::new(gpu, sequences, sizes, Cut::Fill)?))
+        sequences.kept(key, || Ok(Self::new(gpu, sequences, sizes, cut)?))
     }
 
     pub(super) fn matrix(&self) -> usize {

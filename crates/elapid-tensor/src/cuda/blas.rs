@@ -70,13 +70,17 @@ pub struct Product {
     pub bias_dtype: DType,
     /// Lets products of F32 round their inputs to TF32 (10 bits after the point); of no effect on BF16.
     pub tf32: bool,
+    /// A row of C has the same bits whatever the number of rows and wherever it is among them. Of no effect on batches
+    /// and on a transposed `a`.
+    pub invariant: bool,
 }
 
 impl Product {
     /// C = A B: one product, no bias, F32 kept as F32.
     pub fn new(a: Matrix, b: Matrix, c: Matrix) -> Self {
         let (batch, alpha, beta, bias) = (1, 1.0, 0.0, 0);
-        Self { a, b, c, batch, alpha, beta, bias, bias_dtype: c.dtype, tf32: false }
+        let (bias_dtype, tf32, invariant) = (c.dtype, false, false);
+        Self { a, b, c, batch, alpha, beta, bias, bias_dtype, tf32, invariant }
     }
 
     fn check(&self) -> Result<()> {
@@ -200,7 +204,8 @@ impl Gpu {
     ///
     /// Sums are f32 or better: f32 inputs are taken as they are unless `tf32` allows less, bf16 inputs are widened, no
     /// partial sum is rounded to bf16. The same product gives the same bits again on the same card and library. But
-    /// the order of a sum depends on all extents: a row's bits may differ with the number of rows beside it.
+    /// the order of a sum depends on all extents: a row's bits may differ with the number of rows beside it, unless the
+    /// product is [`Product::invariant`].
     ///
     /// The first product of a kind (extents, strides, types, alignment) loads code and, the very first, allocates: run
     /// each once before its launches are captured in a graph. Later ones allocate nothing.

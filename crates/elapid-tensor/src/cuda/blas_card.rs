@@ -4,10 +4,14 @@
 //! matrix and a as its second. Our n columns are then its rows, along which its bias runs. The algorithm is the
 //! first one of its heuristic, which knows shapes, strides, types and alignment and measures nothing, so the same
 //! product is always done the same way. It is kept with its descriptors for the next product of the same kind.
+//!
+//! Products whose rows must not depend on their number are all done by the algorithm for [`REFERENCE_ROWS`] of them, among
+//! those that walk all terms of an element in one piece: each of its tiles does the same whatever the others are.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ffi::c_void;
+use std::mem::MaybeUninit;
 use std::sync::PoisonError;
 
 use cudarc::cublaslt::result as lt;
@@ -23,6 +27,10 @@ use crate::DType;
 
 /// Plans kept; beyond them all are made anew as needed (a plan is about 2 KB on the host).
 const MOST_PLANS: usize = 4096;
+
+/// The number of rows whose algorithm all invariant products of a kind share: a long prompt's. Many more rows fill the card
+/// by any such algorithm, and few are a matter of latency.
+const REFERENCE_ROWS: usize = 2048;
 
 /// The alignment that cuBLASLt distinguishes at most, in bytes; the workspace must have it.
 const BEST_ALIGNMENT: u64 = 256;
@@ -46,6 +54,7 @@ struct Key {
     batch: usize,
     bias: u64,
     tf32: bool,
+    invariant: bool,
 }
 
 #[derive(Debug)]
@@ -155,17 +164,19 @@ impl Drop for Multiplier {
 impl Key {
     fn new(product: &Product) -> Self {
         let batch = product.batch;
-        let matrix = |matrix: Matrix| {
+        let matrix = |matrix: Matrix, alignment: u32| {
             let batch_stride = if batch > 1 { matrix.batch_stride } else { 0 };
-            Matrix { address: matrix.alignment(batch).into(), batch_stride, ..matrix }
+            Matrix { address: alignment.into(), batch_stride, ..matrix }
         };
+        let [a, b, c] = product.alignments();
         Self {
-            a: matrix(product.a),
-            b: matrix(product.b),
-            c: matrix(product.c),
+            a: matrix(product.a, a),
+            b: matrix(product.b, b),
+            c: matrix(product.c, c),
             batch,
             bias: if product.bias == 0 { 0 } else { alignment(product.bias).into() },
             tf32: product.rounds_inputs(),
+            invariant: product.is_invariant(),
         }
     }
 }
@@ -206,6 +217,20 @@ impl Product {
     fn rounds_inputs(&self) -> bool {
         self.tf32 && self.a.dtype == DType::F32
     }
+
+    fn is_invariant(&self) -> bool {
+        self.invariant && self.batch == 1 && !self.a.transposed
+    }
+
+    /// Of a, b and c; if rows must not depend on where they begin, no more than every row has.
+    fn alignments(&self) -> [u32; 3] {
+        let own = |matrix: &Matrix| matrix.alignment(self.batch);
+        let of_rows = |matrix: &Matrix| match self.is_invariant() {
+            true => own(matrix).min(alignment((matrix.stride * matrix.dtype.size()) as u64)),
+            false => own(matrix),
+        };
+        [of_rows(&self.a), own(&self.b), of_rows(&self.c)]
+    }
 }
 
 fn kind(dtype: DType) -> sys::cudaDataType {
@@ -228,25 +253,53 @@ impl Plan {
         let b = product.b.layout(batch)?;
         let c = product.c.layout(batch)?;
         let preference = Preference(lt::create_matmul_pref()?);
+        use sys::cublasLtReductionScheme_t as R;
+        // Sums that are cut along k meet in f32: the other ways round parts to the type of c. Where they must not be cut,
+        // there is no room for parts either.
+        let (reduction, workspace) = match product.is_invariant() {
+            true => (R::CUBLASLT_REDUCTION_SCHEME_NONE, 0),
+            false => (R::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE, workspace),
+        };
         preference.set(P::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &(workspace as u64))?;
-        // Sums that are cut along k meet in f32: the other ways round parts to the type of c.
-        let reduction =
-            sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
-        preference.set(P::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction)?;
-        let output = product.c.alignment(batch);
+        preference.set(P::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &(reduction as u32))?;
+        let [left, right, output] = product.alignments();
         for (attribute, alignment) in [
-            (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, product.b.alignment(batch)),
-            (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, product.a.alignment(batch)),
+            (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, right),
+            (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, left),
             (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, output),
             (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, output),
         ] {
             preference.set(attribute, &alignment)?;
         }
-        // SAFETY: the handle and all descriptors are alive.
-        let best = unsafe {
-            lt::get_matmul_algo_heuristic(handle, operation.0, b.0, a.0, c.0, c.0, preference.0)
-        }?;
-        Ok(Self { operation, a, b, c, algorithm: best.algo })
+        let best = |a: &Layout, c: &Layout| {
+            let (operation, preference) = (operation.0, preference.0);
+            // SAFETY: the handle and all descriptors are alive.
+            unsafe {
+                lt::get_matmul_algo_heuristic(handle, operation, b.0, a.0, c.0, c.0, preference)
+            }
+        };
+        let mut algorithm = None;
+        if product.is_invariant() {
+            let rows = |matrix: Matrix| Matrix { rows: REFERENCE_ROWS, ..matrix };
+            let best = best(&rows(product.a).layout(batch)?, &rows(product.c).layout(batch)?)?;
+            // Should it be good for few rows only, another that does not cut sums is the next best.
+            algorithm = Some(best.algo).filter(|algorithm| {
+                let mut found = MaybeUninit::uninit();
+                // SAFETY: as above; the library writes what it found there.
+                let status = unsafe {
+                    let (operation, found) = (operation.0, found.as_mut_ptr());
+                    sys::cublasLtMatmulAlgoCheck(
+                        handle, operation, b.0, a.0, c.0, c.0, algorithm, found,
+                    )
+                };
+                status == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS
+            });
+        }
+        let algorithm = match algorithm {
+            Some(algorithm) => algorithm,
+            None => best(&a, &c)?.algo,
+        };
+        Ok(Self { operation, a, b, c, algorithm })
     }
 }
 
@@ -396,6 +449,7 @@ mod tests {
             Product { a: Matrix { stride: 17, ..product.a }, ..product },
             Product { bias: 256, ..product },
             Product { tf32: true, ..product },
+            Product { invariant: true, ..product },
             Product { batch: 2, ..product },
         ] {
             assert_ne!(key(product), key(other), "{other:?}");
@@ -403,5 +457,9 @@ mod tests {
         assert_eq!(shifted.alignment(1), 4);
         assert_eq!(product.a.alignment(1), 256);
         assert_eq!(Matrix { batch_stride: 6, ..product.a }.alignment(2), 8);
+        // Rows of 64 bytes, beginning anywhere: an invariant product knows of no better alignment.
+        let invariant = Product { invariant: true, ..product };
+        let next = Product { a: Matrix { address: 512 + 64, ..product.a }, ..invariant };
+        assert_eq!((key(invariant), invariant.alignments()), (key(next), [64, 256, 32]));
     }
 }

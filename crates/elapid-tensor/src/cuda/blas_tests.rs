@@ -318,6 +318,44 @@ fn f32_is_rounded_only_if_allowed() {
 }
 
 #[test]
+fn rows_of_invariant_products_do_not_depend_on_their_number_and_place() {
+    for gpu in gpus() {
+        // Few terms and many, outputs as narrow as a selection and wide; a card has algorithms for each.
+        let sizes: &[(usize, usize, usize)] = match gpu.is_emulated() {
+            true => &[(9, 40, 24)],
+            false => &[(9, 24, 40), (700, 80, 1536), (2500, 768, 1536), (9000, 192, 5120)],
+        };
+        for (&(rows, n, k), dtype) in
+            sizes.iter().flat_map(|size| [(size, DType::BF16), (size, DType::F32)])
+        {
+            let mut number = numbers();
+            let mut values = |count: usize| (0..count).map(|_| number()).collect::<Vec<f32>>();
+            let (x, w) = (values(rows * k), values(n * k));
+            let (x, w) = (Buffer::new(&gpu, dtype, &x), Buffer::new(&gpu, dtype, &w));
+            let run = |first: usize, count: usize| {
+                let y = Buffer::new(&gpu, dtype, &vec![0.0; count * n]);
+                let product = Product {
+                    invariant: true,
+                    ..Product::new(
+                        Matrix::contiguous(x.address(first * k), dtype, count, k),
+                        Matrix::contiguous(w.address(0), dtype, n, k).transpose(),
+                        Matrix::contiguous(y.address(0), dtype, count, n),
+                    )
+                };
+                // SAFETY: rows of x, all of w and y.
+                unsafe { gpu.multiply(&product) }.unwrap();
+                y.read()
+            };
+            let all = run(0, rows);
+            for (first, count) in [(0, 1), (1, 1), (rows - 1, 1), (1, 7), (2, rows / 2)] {
+                let part = run(first, count);
+                assert!(part == all[first * n..][..count * n], "{first} {count} of {rows} {n} {k}");
+            }
+        }
+    }
+}
+
+#[test]
 fn interleaved_outputs() {
     // Two heads side by side in one matrix: neither behind one another nor overlapping.
     for gpu in gpus() {

@@ -188,6 +188,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     let mut ready = ready.with_state(arguments.state_dtype.unwrap_or(DType::F32));
     let place = Place { device: placement.device.to_string(), dtype: ready.dtype() };
     options.tokenizer = text.tokenizer.clone();
+    options.chunk = ready.reading().tokens;
     if !arguments.ignore_eos {
         options.end_of_sequence = text.end_of_sequence.clone();
     }

@@ -117,6 +117,26 @@ fn kernels_match_the_reference() {
 }
 
 #[test]
+fn sequences_that_are_cut_each_by_itself_are_in_a_batch_what_they_are_alone() {
+    let sequences = scattered(&[(300, true), (1, true), (140, false), (0, true), (20, false)]);
+    let case = Case::random(12, sequences, 34, 16, [Some(1); 2], false);
+    for gpu in gpus() {
+        let plan =
+            |sequences: &Sequences| Plan::new(&gpu, sequences, (34, 1, 16), Cut::Alone).unwrap();
+        let segments: Vec<usize> = plan(&case.sequences).runs.iter().map(|run| run.len()).collect();
+        assert_eq!(segments, [3, 1, 2, 1, 1]);
+        let all = run::<f32>(&gpu, &case, Cut::Alone);
+        for (index, s) in case.sequences.iter().enumerate().filter(|(_, s)| s.len > 0) {
+            let alone = run::<f32>(&gpu, &case.alone(index), Cut::Alone);
+            assert_eq!(all.y[s.start * 34..][..s.len * 34], alone.y);
+            assert_eq!(all.last[s.slot * 34 * 16..][..34 * 16], alone.last);
+        }
+        let got = rounded::<f32>(case.clone()).widen().run();
+        near("y", &all.y, &got.y, tolerance::<f32>());
+    }
+}
+
+#[test]
 fn what_is_optional_may_be_missing() {
     let mut case = Case::random(7, Sequences::fresh(&[40, 3]), 9, 16, [Some(1); 2], false);
     (case.d, case.z, case.bias, case.h0, case.dlast) = (None, None, None, None, None);

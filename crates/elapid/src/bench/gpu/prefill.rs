@@ -4,7 +4,7 @@
 use std::ops::ControlFlow;
 
 use anyhow::Result;
-use elapid_infer::{ModelRunner, Options, Request, generate};
+use elapid_infer::{ModelRunner, Options, Request, Runner, generate};
 use elapid_models::MambaConfig;
 use elapid_tensor::DType;
 
@@ -58,7 +58,8 @@ fn measure(
     let request = |prompt: &[u32], id| Request { prompt: prompt.into(), id, ..Request::default() };
     let requests: Vec<Request> =
         prompts.chunks(length).zip(0..).map(|(prompt, id)| request(prompt, id)).collect();
-    let options = Options { max_tokens: 0, ..Options::default() };
+    let chunk = runner.reading().tokens;
+    let options = Options { max_tokens: 0, chunk, ..Options::default() };
     let mut read = || -> Result<f64> {
         let read = generate(runner, &requests, &options, &mut |_| ControlFlow::Continue(()))?;
         Ok(read.timing.prefill.as_secs_f64())

@@ -141,7 +141,7 @@ pub fn run(
     with_text: bool,
     jobs: impl Iterator<Item = Result<Job>>,
 ) -> Result<Timing> {
-    let limits = Limits { slots: batch, queue: batch, ..Limits::default() };
+    let limits = Limits { queue: batch, ..Limits::throughput(&*runner, batch) };
     let mut scheduler = Scheduler::new(runner, limits)?;
     let mut jobs = jobs.fuse();
     let mut accepted: Vec<(usize, u64)> = Vec::new();
