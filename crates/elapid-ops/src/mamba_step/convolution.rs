@@ -4,8 +4,9 @@ use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
-use super::{Rows, Stretch, TILE, padded};
-use crate::simd::{dispatch, load, silu_each, store};
+use super::threes::{apart, together};
+use super::{Rows, Stretch, TILE, following, padded};
+use crate::simd::{dispatch, load, prefetch_to_write, silu_each, store};
 
 /// The taps of E channels.
 #[derive(Debug, Clone)]
@@ -76,12 +77,23 @@ impl WithSimd for Op<'_> {
         let mut first = channels.start;
         while first < channels.end {
             let valid = TILE.min(convolution.channels - first);
-            for stretch in stretches {
+            let threes = history == 3 && valid == TILE;
+            for (index, stretch) in stretches.iter().enumerate() {
+                if stretches.len() > 1 {
+                    let (slot, first) = following(stretches, index, first);
+                    let at = (slot * convolution.channels + first) * history;
+                    prefetch_to_write(state.wrapping_add(at), TILE * history);
+                }
                 let at = (stretch.slot * convolution.channels + first) * history;
                 // SAFETY: the caller's: the slot's channels are this thread's.
                 let own = unsafe { std::slice::from_raw_parts_mut(state.add(at), valid * history) };
-                kept.fill(0.0);
-                if !stretch.fresh && history > 0 {
+                if stretch.fresh || valid < TILE {
+                    kept.fill(0.0);
+                }
+                if !stretch.fresh && threes {
+                    // SAFETY: three numbers of each channel of a tile.
+                    unsafe { apart(own.as_ptr(), kept.as_mut_ptr()) };
+                } else if !stretch.fresh && history > 0 {
                     for (channel, own) in own.chunks_exact(history).enumerate() {
                         for (tap, &value) in own.iter().enumerate() {
                             kept[tap * TILE + channel] = value;
@@ -127,7 +139,10 @@ impl WithSimd for Op<'_> {
                         lane += 2 * step;
                     }
                 }
-                if history > 0 {
+                if threes {
+                    // SAFETY: as above.
+                    unsafe { together(kept.as_ptr(), own.as_mut_ptr()) };
+                } else if history > 0 {
                     for (channel, own) in own.chunks_exact_mut(history).enumerate() {
                         for (tap, value) in own.iter_mut().enumerate() {
                             *value = kept[tap * TILE + channel];

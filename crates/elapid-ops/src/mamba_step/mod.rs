@@ -13,6 +13,7 @@ mod normalization;
 mod scan;
 #[cfg(test)]
 mod tests;
+mod threes;
 
 pub use convolution::Convolution;
 pub use normalization::{Normalization, rms};
@@ -41,6 +42,16 @@ pub struct Rows {
     pub pointer: *mut f32,
     /// From row to row.
     pub stride: usize,
+}
+
+/// Which slot's part of the state is worked on after that of the `index`-th stretch in the tile of channels from `first`
+/// on, and its first channel.
+#[inline(always)]
+fn following(stretches: &[Stretch], index: usize, first: usize) -> (usize, usize) {
+    match stretches.get(index + 1) {
+        Some(next) => (next.slot, first),
+        None => (stretches[0].slot, first + TILE),
+    }
 }
 
 impl Rows {

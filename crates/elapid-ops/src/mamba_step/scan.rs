@@ -7,11 +7,11 @@ use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
-use super::{Rows, Stretch, TILE, padded};
+use super::{Rows, Stretch, TILE, following, padded};
 use crate::matmul::transpose_block;
 use crate::simd::{
     DECAY_RANGE, DecayConstants, clamp_below, decay_constants, decay_exp2_in_range, dispatch, load,
-    silu_each, softplus_each, store,
+    prefetch_to_write, silu_each, softplus_each, store,
 };
 
 /// Vectors whose chains of some forty cycles overlap: as many as registers hold beside their sums.
@@ -141,7 +141,13 @@ impl WithSimd for Op<'_> {
             let valid = TILE.min(scan.channels - first);
             let weight = &scan.dt_weight[first * rank..][..TILE * rank];
             let a = &scan.a[first * n..][..TILE * n];
-            for stretch in stretches {
+            for (index, stretch) in stretches.iter().enumerate() {
+                if stretches.len() > 1 {
+                    // Slots lie far apart, so no processor foresees the next one's states.
+                    let (slot, first) = following(stretches, index, first);
+                    let at = (slot * scan.channels + first) * n;
+                    prefetch_to_write(state.wrapping_add(at), TILE * n);
+                }
                 let at = (stretch.slot * scan.channels + first) * n;
                 // SAFETY: the caller's: the slot's channels are this thread's.
                 let own = unsafe { std::slice::from_raw_parts_mut(state.add(at), valid * n) };

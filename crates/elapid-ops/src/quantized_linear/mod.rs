@@ -21,6 +21,8 @@ mod direct;
 #[cfg(target_arch = "x86_64")]
 mod direct_x86;
 mod integers;
+#[cfg(target_arch = "x86_64")]
+mod lanes_x86;
 mod panel;
 #[cfg(target_arch = "x86_64")]
 mod panel_x86;
@@ -146,8 +148,11 @@ pub fn quantized_linear(x: &[f32], weight: &Weight<'_>) -> Result<Vec<f32>> {
     let activations = storage.fill(x);
     let mut y = vec![0.0; tokens * rows];
     let out = Shared(Output { pointer: y.as_mut_ptr(), stride: rows });
-    (0..rows.div_ceil(ROW_GROUP)).into_par_iter().for_each(|group| {
-        let rows = group * ROW_GROUP..rows.min((group + 1) * ROW_GROUP);
+    // Every task lays out the inputs for itself, so there are a few a thread.
+    let groups = rows.div_ceil(ROW_GROUP);
+    let task = groups.div_ceil(4 * rayon::current_num_threads()) * ROW_GROUP;
+    (0..rows.div_ceil(task.max(1))).into_par_iter().for_each(|at| {
+        let rows = at * task..rows.min((at + 1) * task);
         // SAFETY: every task writes its own rows of `y`, which has all of them.
         unsafe {
             let Output { pointer, stride } = out.get();

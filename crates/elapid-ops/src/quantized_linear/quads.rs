@@ -4,7 +4,9 @@
 //! input's quad is then multiplied with all rows at once, and the sums stand one lane a row. A few tokens use a
 //! rearranged block at once; for many, blocks of whole rows are kept and read again for every tile of tokens.
 
+use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 use std::cell::Cell;
+use std::hint::black_box;
 use std::ops::Range;
 
 use super::activations::Row;
@@ -20,9 +22,7 @@ const TOKENS: usize = 96;
 const MOST: usize = 8;
 
 /// The blocks of an encoding on an instruction set. Methods may be called where that is available.
-pub(super) trait Kernel: Copy {
-    /// Sums of sixteen rows.
-    type Sums: Copy;
+pub(super) trait Kernel {
     /// Elements of a block.
     const LEN: usize;
     /// Bytes of a block.
@@ -31,21 +31,16 @@ pub(super) trait Kernel: Copy {
     const LINES: usize;
     /// Tokens of a tile, 4 or `MOST`.
     const TILE: usize;
-    /// All zero.
-    unsafe fn zero() -> Self::Sums;
+    /// Words of a token's block when it is laid out.
+    const WORDS: usize;
     /// Rearranges a block of each row.
     unsafe fn arrange(rows: &[*const u8; ROWS], to: *mut u8);
-    /// Adds the products of a rearranged block with block `block` of tokens to `y`.
-    unsafe fn add<const T: usize>(
-        arranged: *const u8,
-        x: &[Row; T],
-        block: usize,
-        y: &mut [Self::Sums; T],
-    );
-    /// To memory.
-    unsafe fn store(sums: Self::Sums, to: *mut f32);
-    /// Asks for a line of memory; any address will do.
-    fn ask(at: *const u8);
+    /// Lays block `block` of a token out, the `t`-th of `tokens` that are read together.
+    unsafe fn lay(x: &Row, block: usize, tokens: usize, t: usize, to: *mut i32);
+    /// Adds the products of a rearranged block with a block of tokens to sixteen sums of each. `four` is 4, but the
+    /// compiler must not see that: it would unroll the loop over eight quads and keep the quads, not the sums, in
+    /// registers.
+    unsafe fn add<const T: usize>(arranged: *const u8, x: *const i32, y: *mut f32, four: usize);
 }
 
 /// A line of the caches.
@@ -53,94 +48,11 @@ pub(super) trait Kernel: Copy {
 #[repr(C, align(64))]
 struct Line([u8; 64]);
 
+/// Rearranged rows, and tokens laid out.
+type Room = (Vec<Line>, Vec<i32>);
+
 thread_local! {
-    static ROOM: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
-}
-
-/// # Safety
-/// As [`super::product`], for weights in the kernel's blocks; its instruction set must be available.
-#[inline(always)]
-pub(super) unsafe fn rows<K: Kernel>(
-    weight: &Weight<'_>,
-    x: &Activations<'_>,
-    rows: Range<usize>,
-    out: Output,
-) {
-    let blocks = weight.columns / K::LEN;
-    let tokens = x.tokens();
-    let mut room = ROOM.take();
-    let few = tokens <= K::TILE;
-    let kept = if few { 1 } else { blocks };
-    room.resize(room.len().max(kept * K::LINES), Line([0; 64]));
-    let mut from = 0;
-    while from < tokens {
-        let end = tokens.min(from + TOKENS);
-        let mut first = rows.start;
-        while first < rows.end {
-            // Rows that are not there are others; their sums are dropped.
-            let mut own = [weight.bytes.as_ptr(); ROWS];
-            for (r, own) in own.iter_mut().enumerate() {
-                let row = (first + r).min(rows.end - 1);
-                *own = weight.bytes[row * weight.row_bytes..].as_ptr();
-            }
-            let to = Target {
-                pointer: out.pointer.wrapping_add(first - rows.start),
-                stride: out.stride,
-                count: ROWS.min(rows.end - first),
-            };
-            let group = Group { own, blocks, next: own[0].wrapping_add(ROWS * weight.row_bytes) };
-            // SAFETY: the rows and tokens are there, and so is the room.
-            unsafe {
-                if few {
-                    group.at_once::<K>(x, room.as_mut_ptr().cast(), to);
-                } else {
-                    group.arrange::<K>(room.as_mut_ptr().cast());
-                    group.all::<K>(x, from..end, room.as_ptr().cast(), to);
-                }
-            }
-            first += ROWS;
-        }
-        from = end;
-    }
-    ROOM.set(room);
-}
-
-/// Where the sums of a group go.
-#[derive(Clone, Copy)]
-struct Target {
-    pointer: *mut f32,
-    stride: usize,
-    count: usize,
-}
-
-impl Target {
-    /// # Safety
-    /// The output must hold them.
-    #[inline(always)]
-    unsafe fn write<K: Kernel, const T: usize>(&self, token: usize, y: [K::Sums; T]) {
-        for (t, y) in y.into_iter().enumerate() {
-            let to = self.pointer.wrapping_add((token + t) * self.stride);
-            // SAFETY: the caller's.
-            unsafe {
-                if self.count == ROWS {
-                    K::store(y, to);
-                } else {
-                    let mut room = [0.0f32; ROWS];
-                    K::store(y, room.as_mut_ptr());
-                    std::slice::from_raw_parts_mut(to, self.count)
-                        .copy_from_slice(&room[..self.count]);
-                }
-            }
-        }
-    }
-}
-
-/// Sixteen rows.
-struct Group {
-    own: [*const u8; ROWS],
-    blocks: usize,
-    /// The rows to come.
-    next: *const u8,
+    static ROOM: Cell<Room> = const { Cell::new((Vec::new(), Vec::new())) };
 }
 
 /// Calls a function for a number of tokens.
@@ -158,6 +70,138 @@ macro_rules! by_tokens {
             _ => unreachable!("at most four"),
         }
     };
+}
+
+/// # Safety
+/// As [`super::product`], for weights in the kernel's blocks; its instruction set must be available.
+#[inline(always)]
+pub(super) unsafe fn rows<K: Kernel>(
+    weight: &Weight<'_>,
+    x: &Activations<'_>,
+    rows: Range<usize>,
+    out: Output,
+) {
+    let blocks = weight.columns / K::LEN;
+    let tokens = x.tokens();
+    let (mut room, mut inputs) = ROOM.take();
+    let few = tokens <= K::TILE;
+    let kept = if few { 1 } else { blocks };
+    room.resize(room.len().max(kept * K::LINES), Line([0; 64]));
+    inputs.resize(inputs.len().max(tokens.min(TOKENS) * blocks * K::WORDS), 0);
+    let four = black_box(4);
+    let mut from = 0;
+    while from < tokens {
+        let end = tokens.min(from + TOKENS);
+        // SAFETY: the tokens are there, and so is the room.
+        unsafe { lay::<K>(x, from..end, blocks, inputs.as_mut_ptr()) };
+        let mut first = rows.start;
+        while first < rows.end {
+            // Rows that are not there are others; their sums are dropped.
+            let mut own = [weight.bytes.as_ptr(); ROWS];
+            for (r, own) in own.iter_mut().enumerate() {
+                let row = (first + r).min(rows.end - 1);
+                *own = weight.bytes[row * weight.row_bytes..].as_ptr();
+            }
+            let to = Target {
+                pointer: out.pointer.wrapping_add(first - rows.start),
+                stride: out.stride,
+                count: ROWS.min(rows.end - first),
+            };
+            let next = own[0].wrapping_add(ROWS * weight.row_bytes);
+            let group = Group { own, blocks, next, inputs: inputs.as_ptr(), four };
+            // SAFETY: the rows and tokens are there, and so is the room.
+            unsafe {
+                let room = room.as_mut_ptr().cast();
+                if few {
+                    by_tokens!(tokens, group.few::<K>(room, to));
+                } else {
+                    group.arrange::<K>(room);
+                    group.all::<K>(from..end, room, to);
+                }
+            }
+            first += ROWS;
+        }
+        from = end;
+    }
+    ROOM.set((room, inputs));
+}
+
+/// Lays tokens out, tile after tile and in each block after block.
+///
+/// # Safety
+/// The tokens must be there, and room for them.
+#[inline(always)]
+unsafe fn lay<K: Kernel>(
+    x: &Activations<'_>,
+    tokens: Range<usize>,
+    blocks: usize,
+    mut to: *mut i32,
+) {
+    let mut first = tokens.start;
+    while first < tokens.end {
+        let count = K::TILE.min(tokens.end - first);
+        for t in 0..count {
+            let row = x.integers(first + t);
+            for block in 0..blocks {
+                // SAFETY: the caller's.
+                unsafe { K::lay(&row, block, count, t, to.add(block * count * K::WORDS)) };
+            }
+        }
+        to = to.wrapping_add(count * blocks * K::WORDS);
+        first += count;
+    }
+}
+
+/// Where the sums of a group go.
+#[derive(Clone, Copy)]
+struct Target {
+    pointer: *mut f32,
+    stride: usize,
+    count: usize,
+}
+
+impl Target {
+    /// # Safety
+    /// The output must hold them.
+    #[inline(always)]
+    unsafe fn write<const T: usize>(&self, token: usize, sums: &Sums<T>) {
+        for (t, sums) in sums.0.iter().enumerate() {
+            let to = self.pointer.wrapping_add((token + t) * self.stride);
+            // SAFETY: the caller's.
+            unsafe {
+                if self.count == ROWS {
+                    *to.cast::<[f32; ROWS]>() = *sums;
+                } else {
+                    std::slice::from_raw_parts_mut(to, self.count)
+                        .copy_from_slice(&sums[..self.count]);
+                }
+            }
+        }
+    }
+}
+
+/// Sums of sixteen rows with each token of a tile.
+#[repr(C, align(64))]
+struct Sums<const T: usize>([[f32; ROWS]; T]);
+
+impl<const T: usize> Sums<T> {
+    /// Where they are, hidden from the compiler, which would keep them in registers that the products need.
+    #[inline(always)]
+    fn in_memory(&mut self) -> *mut f32 {
+        black_box(self.0.as_mut_ptr().cast())
+    }
+}
+
+/// Sixteen rows.
+struct Group {
+    own: [*const u8; ROWS],
+    blocks: usize,
+    /// The rows to come.
+    next: *const u8,
+    /// Tokens, laid out.
+    inputs: *const i32,
+    /// See [`Kernel::add`].
+    four: usize,
 }
 
 // SAFETY of all methods: the caller's: rows, tokens and room are there.
@@ -178,7 +222,8 @@ impl Group {
         let next = self.next.wrapping_add(block * K::BYTES * ROWS);
         let mut line = 0;
         while line < K::BYTES * ROWS {
-            K::ask(next.wrapping_add(line));
+            // SAFETY: asking reads nothing that could be seen.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(line).cast()) };
             line += 64;
         }
     }
@@ -192,78 +237,57 @@ impl Group {
     }
 
     #[inline(always)]
-    unsafe fn at_once<K: Kernel>(&self, x: &Activations<'_>, room: *mut u8, to: Target) {
-        // SAFETY: as above.
-        unsafe { by_tokens!(x.tokens(), self.few::<K>(x, room, to)) }
-    }
-
-    #[inline(always)]
-    unsafe fn few<K: Kernel, const T: usize>(
-        &self,
-        x: &Activations<'_>,
-        room: *mut u8,
-        to: Target,
-    ) {
-        // SAFETY: as above.
-        unsafe {
-            let inputs = inputs::<T>(x, 0);
-            let mut y = [K::zero(); T];
-            for block in 0..self.blocks {
-                self.ask::<K>(block);
+    unsafe fn few<K: Kernel, const T: usize>(&self, room: *mut u8, to: Target) {
+        let mut y = Sums([[0.0; ROWS]; T]);
+        let sums = y.in_memory();
+        for block in 0..self.blocks {
+            self.ask::<K>(block);
+            // SAFETY: as above.
+            unsafe {
                 K::arrange(&self.at::<K>(block), room);
-                K::add(room, &inputs, block, &mut y);
+                let x = self.inputs.add(block * T * K::WORDS);
+                K::add::<T>(room, x, sums, self.four);
             }
-            to.write::<K, T>(0, y);
         }
+        // SAFETY: as above.
+        unsafe { to.write(0, &y) }
     }
 
     #[inline(always)]
-    unsafe fn all<K: Kernel>(
-        &self,
-        x: &Activations<'_>,
-        tokens: Range<usize>,
-        room: *const u8,
-        to: Target,
-    ) {
+    unsafe fn all<K: Kernel>(&self, tokens: Range<usize>, room: *const u8, to: Target) {
         let mut token = tokens.start;
         while token < tokens.end {
             let count = K::TILE.min(tokens.end - token);
-            let first = token == tokens.start;
+            let before = token - tokens.start;
             // SAFETY: as above.
-            unsafe { by_tokens!(count, self.tile::<K>(x, token, first, room, to)) };
+            unsafe { by_tokens!(count, self.tile::<K>(before, token, room, to)) };
             token += count;
         }
     }
 
+    /// The tile that has `before` tokens before it.
     #[inline(always)]
     unsafe fn tile<K: Kernel, const T: usize>(
         &self,
-        x: &Activations<'_>,
+        before: usize,
         token: usize,
-        first: bool,
         room: *const u8,
         to: Target,
     ) {
-        // SAFETY: as above.
-        unsafe {
-            let inputs = inputs::<T>(x, token);
-            let mut y = [K::zero(); T];
-            for block in 0..self.blocks {
-                if first {
-                    self.ask::<K>(block);
-                }
-                K::add(room.add(block * K::LINES * 64), &inputs, block, &mut y);
+        let mut y = Sums([[0.0; ROWS]; T]);
+        let sums = y.in_memory();
+        let inputs = self.inputs.wrapping_add(before * self.blocks * K::WORDS);
+        for block in 0..self.blocks {
+            if before == 0 {
+                self.ask::<K>(block);
             }
-            to.write::<K, T>(token, y);
+            // SAFETY: as above.
+            unsafe {
+                let (w, x) = (room.add(block * K::LINES * 64), inputs.add(block * T * K::WORDS));
+                K::add::<T>(w, x, sums, self.four);
+            }
         }
+        // SAFETY: as above.
+        unsafe { to.write(token, &y) }
     }
-}
-
-#[inline(always)]
-fn inputs<const T: usize>(x: &Activations<'_>, token: usize) -> [Row; T] {
-    let mut rows = [x.integers(token); T];
-    for (t, row) in rows.iter_mut().enumerate().skip(1) {
-        *row = x.integers(token + t);
-    }
-    rows
 }

@@ -130,6 +130,42 @@ fn every_instruction_set_gives_the_integers_of_the_definition() {
     }
 }
 
+/// Bytes of the largest magnitudes on both sides, in every mixture of signs: sums of pairs must not be cut off.
+#[test]
+fn the_largest_integers_fit() {
+    let (rows, columns, tokens) = (16, 512, 9);
+    for encoding in [Encoding::Q8_0, Encoding::Q4_0, Encoding::Q4_K] {
+        let mut bytes = vec![0u8; encoding.row_bytes(columns).unwrap() * rows];
+        let block = encoding.block_bytes();
+        for (i, byte) in bytes.iter_mut().enumerate() {
+            let (row, at) = (i / (encoding.row_bytes(columns).unwrap()), i % block);
+            let scale = if encoding == Encoding::Q4_K { at < 4 } else { at < 2 };
+            *byte = match (scale, at % 2) {
+                (true, 0) => 0,
+                // 1.0
+                (true, _) => 0x3C,
+                (false, _) if row < 4 => [0x80, 0x7F, 0xFF, 0x00][row],
+                (false, _) => [0x80, 0x7F][row >> (i % 4) & 1],
+            };
+        }
+        let weight = Weight::new(encoding, rows, columns, &bytes).unwrap();
+        let x: Vec<f32> = (0..tokens * columns)
+            .map(|i| match (i / columns, i % 4) {
+                (0, _) => 1.0,
+                (1, _) => -1.0,
+                (token, at) => [1.0, -1.0][token >> at & 1],
+            })
+            .collect();
+        let mut storage = Storage::new(encoding, tokens, columns);
+        let activations = storage.fill(&x);
+        match encoding {
+            Encoding::Q8_0 => of::<unpack::Q8>(&weight, &activations),
+            Encoding::Q4_0 => of::<unpack::Q4>(&weight, &activations),
+            _ => of::<unpack::Q4K>(&weight, &activations),
+        }
+    }
+}
+
 fn of<B: unpack::Blocks>(weight: &Weight<'_>, x: &Activations<'_>) {
     let (rows, tokens) = (weight.rows(), x.tokens());
     let mut goal = vec![0.0f32; rows * tokens];
