@@ -176,7 +176,7 @@ unsafe impl KernelArguments for NormArguments {}
 #[derive(Clone, Copy)]
 struct JoinArguments {
     parts: u64,
-    shares: i64,
+    pairs: i64,
     row_tiles: i64,
     bias: u64,
     residual: u64,
@@ -231,7 +231,7 @@ impl Step {
             squares: gpu.zeros(capacity * width.div_ceil(16))?,
             factors: gpu.zeros(capacity)?,
             parts: match Cut::has_many(capacity) {
-                true => gpu.zeros(SHARES * capacity * width.next_multiple_of(16))?,
+                true => gpu.zeros(SHARES / 2 * capacity * width.next_multiple_of(16))?,
                 false => gpu.zeros(1)?,
             },
             u: activations(inner)?,
@@ -414,7 +414,7 @@ impl Step {
         let blocks = layer.output.blocks();
         let join = JoinArguments {
             parts: self.parts.address(),
-            shares: blocks.div_ceil(blocks.div_ceil(SHARES)) as i64,
+            pairs: blocks.div_ceil(blocks.div_ceil(SHARES)).div_ceil(2) as i64,
             row_tiles: layer.output.tiles() as i64,
             bias,
             residual: self.residual.address(),

@@ -61,7 +61,7 @@ impl Cut {
 
     /// Of a matrix with few rows, whose sums blocks may share where columns are many.
     pub(super) fn of_parts(target: Target, weights: &Packed, columns: usize) -> Self {
-        Self::choose(weights.tiles(), columns, target, &[1, 2, 4, 8])
+        Self::choose(weights.tiles(), columns, target, &[1, 2, 4])
     }
 
     /// Of a matrix with few rows and many terms: more runs.
@@ -230,7 +230,7 @@ mod tests {
         // The head.
         assert_eq!(cut(3143, 128, &[1]), (4, 16, 1));
         // out_proj.
-        assert_eq!(cut(160, 128, &[1, 2, 4, 8]), (5, 16, 4));
-        assert_eq!(cut(160, 1, &[1, 2, 4, 8]), (1, 1, 1));
+        assert_eq!(cut(160, 128, &[1, 2, 4]), (5, 16, 4));
+        assert_eq!(cut(160, 1, &[1, 2, 4]), (1, 1, 1));
     }
 }

@@ -2,7 +2,8 @@
 // order whatever the number of columns and however the rest is cut.
 //
 // That order: the blocks of 32 terms are cut into SHARES runs; each run is summed on the tensor cores from 0 on, block
-// after block, and the runs' sums are added in order. Two ways lead there.
+// after block, and the runs' sums are added in order; of W_out, whose runs are shared among blocks where columns are many, those
+// of two runs first, so that half as many sums go through memory. Two ways lead there.
 //   Few columns: a block's warps take a run each and multiply from registers, for ROW_TILES tiles of 16 rows and
 //   COLUMN_TILES tiles of 8 columns. Weights are asked for before the kernel waits for the one before it.
 //   Many columns (COLUMN_WARPS > 0): the activations, which every block reads again, are what moves most, so blocks are
@@ -332,13 +333,18 @@ template <int SPLIT, class Before> DEVICE void multiply(const Product& product, 
 #endif
 }
 
-// The result's element of a row and column of the block.
-template <int SPLIT> DEVICE float total(const float* room, int row, int column) {
+// The result's element of a row and column of the block; with PAIRED, sums of two runs are added first.
+template <int SPLIT, bool PAIRED = false> DEVICE float total(const float* room, int row, int column) {
+    constexpr int RUN = COLUMNS * STRIDE;
     const float* from = sums_of(room) + column * STRIDE + row;
     float sum = from[0];
-    if (!WIDE) {
+    if (!WIDE && PAIRED) {
+        sum += from[RUN];
 #pragma unroll
-        for (int part = 1; part < SPLIT; ++part) sum += from[part * (COLUMNS * STRIDE)];
+        for (int part = 2; part < SPLIT; part += 2) sum += from[part * RUN] + from[(part + 1) * RUN];
+    } else if (!WIDE) {
+#pragma unroll
+        for (int part = 1; part < SPLIT; ++part) sum += from[part * RUN];
     }
     return sum * room[column];
 }

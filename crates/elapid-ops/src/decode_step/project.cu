@@ -200,7 +200,7 @@ KERNEL(decode_output, OutputArguments, SHARES * WARP, FEW_COLUMNS_BLOCKS) {
         float value = 0.0f;
         if (filled && has_row) {
             float* residual = args.residual + sequence_of(column) * args.rows + row;
-            value = total<SHARES>(room, own.row, column) + bias + load_fresh(residual);
+            value = total<SHARES, true>(room, own.row, column) + bias + load_fresh(residual);
             *residual = value;
             if (args.x) args.x[activation_place(sequence_of(column), row, args.row_blocks)] = from_float<bf16>(value * norm);
         }
@@ -214,7 +214,7 @@ KERNEL(decode_output, OutputArguments, SHARES * WARP, FEW_COLUMNS_BLOCKS) {
 // Where rows are too few for all multiprocessors, PARTS blocks share the runs of a sum, and decode_join adds them.
 struct PartArguments {
     Product product;
-    float* parts;              // [SHARES, columns, row tiles, 16]
+    float* parts;              // [SHARES / 2, columns, row tiles, 16]: of two runs each
 };
 
 KERNEL(decode_part, PartArguments, WIDE_THREADS, 1) {
@@ -223,16 +223,31 @@ KERNEL(decode_part, PartArguments, WIDE_THREADS, 1) {
     int64_t column0 = (int64_t(blockIdx.y) * COLUMN_TILES + own_column_tile()) * TILE_COLUMNS;
     int g = lane_id() / 4, t = lane_id() % 4;
     int first = blockIdx.z * (SHARES / PARTS);
-    multiply_many(args.product, room, first, first + SHARES / PARTS, []() {}, [&](int share, float(&sums)[OWN][4]) {
+    // The first run's sums of a pair, which `open` is the number of; -1 if there is none.
+    float kept[OWN][4];
+    int64_t open = -1;
+    auto put = [&](int64_t pair) {
 #pragma unroll
         for (int n = 0; n < OWN; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 int64_t column = column0 + n * TILE_COLUMNS + 2 * t + i % 2;
                 if (tile < args.product.row_tiles && column < args.product.columns)
-                    args.parts[((share * args.product.columns + column) * args.product.row_tiles + tile) * TILE_ROWS + g + i / 2 * 8] = sums[n][i];
+                    args.parts[((pair * args.product.columns + column) * args.product.row_tiles + tile) * TILE_ROWS + g + i / 2 * 8] = kept[n][i];
+            }
+    };
+    multiply_many(args.product, room, first, first + SHARES / PARTS, []() {}, [&](int share, float(&sums)[OWN][4]) {
+        bool second = share % 2 == 1;
+#pragma unroll
+        for (int n = 0; n < OWN; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                kept[n][i] = second ? kept[n][i] + sums[n][i] : sums[n][i];
                 sums[n][i] = 0.0f;
             }
+        open = second ? -1 : share / 2;
+        if (second) put(share / 2);
     });
+    if (open >= 0) put(open);
 }
 #endif

@@ -5,8 +5,8 @@
 #include "prelude.cuh"
 #include "decode_layout.cuh"
 
-// SHARES in product.cuh.
-constexpr int MOST_SHARES = 8;
+// SHARES in product.cuh, two by two.
+constexpr int MOST_PAIRS = 4;
 
 // The weight of the norm and what comes of it: as in project.cu.
 struct Normed {
@@ -115,8 +115,8 @@ KERNEL(decode_embed, EmbedArguments, 1024, 1) {
 }
 
 struct JoinArguments {
-    const float* parts;      // [shares, columns, row tiles, 16], of W_out y
-    int64_t shares;
+    const float* parts;      // [pairs, columns, row tiles, 16], of W_out y
+    int64_t pairs;           // of runs
     int64_t row_tiles;
     const float* bias;       // [D], or none
     float* residual;         // [columns, D]
@@ -126,11 +126,11 @@ struct JoinArguments {
 
 // What a term of the residual stream is made of.
 struct Terms {
-    float parts[MOST_SHARES];
+    float parts[MOST_PAIRS];
     float past;
 };
 
-// A block a column: adds the runs of W_out y, in order, and goes back to the residual stream.
+// A block a column: adds the pairs of runs of W_out y, in order, and goes back to the residual stream.
 KERNEL(decode_join, JoinArguments, 1024, 1) {
     __shared__ float room[SQUARES_AT_ONCE];
     int64_t column = blockIdx.x, width = args.to.width;
@@ -141,17 +141,17 @@ KERNEL(decode_join, JoinArguments, 1024, 1) {
     auto fetch = [&](int64_t term) {
         Terms terms;
 #pragma unroll
-        for (int share = 0; share < MOST_SHARES; ++share)
+        for (int pair = 0; pair < MOST_PAIRS; ++pair)
             // The last one again instead of none: no branch keeps loads apart.
-            terms.parts[share] = load_fresh(parts + least<int64_t>(share, args.shares - 1) * stride + term);
+            terms.parts[pair] = load_fresh(parts + least<int64_t>(pair, args.pairs - 1) * stride + term);
         terms.past = load_fresh(args.residual + column * width + term);
         return terms;
     };
     each_term(args.to, column, room, fetch, [&](int64_t term, const Terms& terms) {
         float sum = terms.parts[0];
 #pragma unroll
-        for (int share = 1; share < MOST_SHARES; ++share)
-            if (share < args.shares) sum += terms.parts[share];
+        for (int pair = 1; pair < MOST_PAIRS; ++pair)
+            if (pair < args.pairs) sum += terms.parts[pair];
         float value = sum + (args.bias ? args.bias[term] : 0.0f) + terms.past;
         args.residual[column * width + term] = value;
         return value;

@@ -71,13 +71,20 @@ impl fmt::Debug for Graph {
 }
 
 /// Ends a recording also when what is recorded panics.
-struct End<'a>(&'a Gpu);
+struct End<'a> {
+    gpu: &'a Gpu,
+    ended: bool,
+}
 
 impl End<'_> {
-    fn finish(&self) -> Option<Result<Code>> {
-        let mut recording = self.0.recording().write().unwrap_or_else(PoisonError::into_inner);
+    /// None if it has ended: what is recorded now is another thread's.
+    fn finish(&mut self) -> Option<Result<Code>> {
+        if std::mem::replace(&mut self.ended, true) {
+            return None;
+        }
+        let mut recording = self.gpu.recording().write().unwrap_or_else(PoisonError::into_inner);
         let ended = recording.take()?;
-        Some(match self.0.driver() {
+        Some(match self.gpu.driver() {
             Driver::Card(card) => card.end_recording().map(Code::Card),
             Driver::Host => Ok(Code::Host(ended.work)),
         })
@@ -86,7 +93,7 @@ impl End<'_> {
 
 impl Drop for End<'_> {
     fn drop(&mut self) {
-        // Nothing is left to end after `finish`; after a panic, what was recorded is given up.
+        // After a panic, what was recorded is given up.
         let _ = self.finish();
     }
 }
@@ -136,7 +143,7 @@ impl Gpu {
             *recording = Some(Recording { thread, pool, work: Arc::default() });
             break;
         }
-        let end = End(self);
+        let mut end = End { gpu: self, ended: false };
         let mut graph = Graph { gpu: self.clone(), pool, code: None };
         let result = f();
         let code = end.finish();

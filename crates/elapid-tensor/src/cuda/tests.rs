@@ -214,6 +214,28 @@ fn what_other_threads_do_meanwhile_does_not_spoil_a_recording() {
 }
 
 #[test]
+fn a_recording_that_ends_leaves_those_of_other_threads_alone() {
+    for gpu in gpus() {
+        let x = gpu.upload(&[1f32; 8]).unwrap();
+        let record = || {
+            for _ in 0..200 {
+                let outcome = gpu.record(|| {
+                    std::thread::yield_now();
+                    x.read()
+                });
+                assert!(outcome.is_err(), "{gpu}: read within a recording");
+            }
+        };
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4).map(|_| scope.spawn(record)).collect();
+            for thread in threads {
+                thread.join().unwrap();
+            }
+        });
+    }
+}
+
+#[test]
 fn bad_kernels_and_arguments_are_refused() {
     static BROKEN: Source =
         Source { name: "broken", text: "#include \"prelude.cuh\"\nint f( {", headers: &[] };
