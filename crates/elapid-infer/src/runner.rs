@@ -308,7 +308,8 @@ impl Runner for ModelRunner<'_> {
             && sequences.len() == sequences.slots()
             && (sequences.into_iter().enumerate())
                 .all(|(slot, s)| s.slot == slot && s.len == 1 && s.continued);
-        no_grad(|| {
+        // Steps too: the last token of a prompt may be read alone, or with others of which more is read.
+        let run = || {
             if self.steps.is_none() {
                 self.steps = self.model.device().gpu()?.map(GpuSteps::new);
             }
@@ -321,8 +322,9 @@ impl Runner for ModelRunner<'_> {
                 }
                 (state, _) => state,
             };
-            batch_invariant(|| self.read(ids, sequences, state, wanted, receive))
-        })
+            self.read(ids, sequences, state, wanted, receive)
+        };
+        no_grad(|| batch_invariant(run))
     }
 }
 

@@ -127,7 +127,7 @@ fn on_a_gpu_each_prompt_gives_what_it_gives_alone() {
         // Steps of others round states, so that only prompts that are read first are what they are alone.
         let engine = GpuEngine::new(&mut model, encoding).unwrap().with_state(DType::BF16).unwrap();
         check(engine, false, &both[..1]);
-        // Decode steps of the model itself may depend on their number on a card.
+        // The model itself: logits of all prompts, among them one whose last token is a call of its own where it is alone.
         let mut noted = Noted(ModelRunner::new(&model), Vec::new());
         let read_only = cases().into_iter().map(|case| Case { max_tokens: 1, ..case });
         check_chosen(&mut noted, &read_only.collect::<Vec<_>>(), both[0], |_, _| true);
