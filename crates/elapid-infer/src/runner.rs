@@ -264,8 +264,7 @@ pub(crate) fn check_call(
     }
 }
 
-/// Runs a [`LanguageModel`] where it is; decode steps on a GPU are recorded once and launched as one. What is not a decode
-/// step of all slots has the same bits for a sequence alone and among others, on a GPU too.
+/// Runs a [`LanguageModel`] where it is; decode steps on a GPU are recorded once and launched as one.
 pub struct ModelRunner<'a> {
     model: &'a LanguageModel,
     steps: Option<GpuSteps>,

@@ -1,8 +1,11 @@
 //! The decode engine of a GPU, on the host's emulation and on a card: against the model on the host, batches against
 //! their sequences alone, and states as values.
 
+mod arrivals;
+
 use std::ops::ControlFlow;
 
+use arrivals::gpus;
 use elapid_infer::{
     Event, GpuEngine, Logits, ModelRunner, Options, Request, Runner, Sampling, generate,
 };
@@ -10,15 +13,6 @@ use elapid_models::{LanguageModel, MambaConfig, NormKind, State};
 use elapid_ops::decode_step::Encoding;
 use elapid_tensor::cuda::Gpu;
 use elapid_tensor::{DType, Device, Sequence, Sequences};
-
-fn gpus() -> Vec<Gpu> {
-    [("emulation", Gpu::emulated()), ("card", Gpu::open(0))]
-        .into_iter()
-        .filter_map(|(what, gpu)| {
-            gpu.inspect_err(|error| eprintln!("SKIPPED: the engine on the {what}: {error}")).ok()
-        })
-        .collect()
-}
 
 fn configs() -> [MambaConfig; 2] {
     let bytes = MambaConfig { vocab_size: 60, ..MambaConfig::bytes(32, 2) };
@@ -102,7 +96,7 @@ fn distance(got: &[f32], want: &[f32]) -> f64 {
 
 #[test]
 fn decode_steps_follow_the_model_on_the_host() {
-    for gpu in gpus() {
+    for gpu in gpus("the engine") {
         for config in configs() {
             for (encoding, tolerance) in [(Encoding::Bf16, 1.5e-2), (Encoding::Q8, 3e-2)] {
                 let mut on_gpu = placed(&gpu, &config);
@@ -133,7 +127,7 @@ fn decode_steps_follow_the_model_on_the_host() {
 
 #[test]
 fn a_state_that_is_kept_keeps_its_values() {
-    for gpu in gpus() {
+    for gpu in gpus("the engine") {
         let mut on_gpu = placed(&gpu, &configs()[0]);
         let mut engine = GpuEngine::new(&mut on_gpu, Encoding::Bf16).unwrap();
         let state = engine.fresh_state(2).unwrap();
@@ -154,7 +148,7 @@ fn a_state_that_is_kept_keeps_its_values() {
 
 #[test]
 fn a_batch_generates_what_its_sequences_do_alone() {
-    for gpu in gpus() {
+    for gpu in gpus("the engine") {
         for encoding in [Encoding::Bf16, Encoding::Q8] {
             let mut on_gpu = placed(&gpu, &configs()[0]);
             let mut engine = GpuEngine::new(&mut on_gpu, encoding).unwrap();
@@ -209,7 +203,7 @@ fn tokens_chosen_on_the_card_are_those_of_the_sampler() {
             ..Sampling::default()
         },
     ];
-    for gpu in gpus() {
+    for gpu in gpus("the engine") {
         let config = &configs()[0];
         let mut on_gpu = placed(&gpu, config);
         let mut engine = GpuEngine::new(&mut on_gpu, Encoding::Bf16).unwrap();
@@ -263,7 +257,7 @@ fn tokens_chosen_on_the_card_are_those_of_the_sampler() {
 
 #[test]
 fn one_sequence_gets_the_same_tokens_chosen_on_the_card() {
-    for gpu in gpus() {
+    for gpu in gpus("the engine") {
         let config = MambaConfig::bytes(32, 2);
         let mut on_gpu = placed(&gpu, &config);
         let mut engine = GpuEngine::new(&mut on_gpu, Encoding::Bf16).unwrap();

@@ -4,68 +4,15 @@ mod arrivals;
 
 use std::collections::HashMap;
 
-use arrivals::{Case, alone, check_chosen, same, take};
+use arrivals::{Case, Watched, alone, check_chosen, gpus, same, take};
 use elapid_infer::{
-    CpuEngine, GpuEngine, Limits, ModelRunner, NextTokens, Options, Reading, Receiver, Request,
-    Runner, Sampling, Scheduler, Update,
+    CpuEngine, GpuEngine, Limits, ModelRunner, Options, Request, Runner, Sampling, Scheduler,
+    Update,
 };
 use elapid_models::{LanguageModel, LayerState, MambaConfig, State};
 use elapid_ops::blocks::Encoding;
 use elapid_ops::decode_step;
-use elapid_tensor::cuda::Gpu;
-use elapid_tensor::{DType, Device, Sequences, Tensor};
-
-fn gpus() -> Vec<Gpu> {
-    [("emulation", Gpu::emulated()), ("card", Gpu::open(0))]
-        .into_iter()
-        .filter_map(|(what, gpu)| {
-            gpu.inspect_err(|error| eprintln!("SKIPPED: prompts on the {what}: {error}")).ok()
-        })
-        .collect()
-}
-
-/// A runner that notes the lengths of each call's sequences.
-struct Noted<R>(R, Vec<Vec<usize>>);
-
-impl<R: Runner> Runner for Noted<R> {
-    fn config(&self) -> &MambaConfig {
-        self.0.config()
-    }
-
-    fn fresh_state(&self, slots: usize) -> elapid_infer::Result<State> {
-        self.0.fresh_state(slots)
-    }
-
-    fn check_state(&self, state: &State) -> elapid_infer::Result<()> {
-        self.0.check_state(state)
-    }
-
-    fn reading(&self) -> Reading {
-        self.0.reading()
-    }
-
-    fn run(
-        &mut self,
-        ids: &[u32],
-        sequences: &Sequences,
-        state: Option<State>,
-        wanted: &[usize],
-        receive: &mut Receiver<'_>,
-    ) -> elapid_infer::Result<State> {
-        self.1.push(sequences.into_iter().map(|sequence| sequence.len).collect());
-        self.0.run(ids, sequences, state, wanted, receive)
-    }
-
-    fn decode(
-        &mut self,
-        ids: &[u32],
-        sequences: &Sequences,
-        state: Option<State>,
-        next: &mut dyn NextTokens,
-    ) -> elapid_infer::Result<State> {
-        self.0.decode(ids, sequences, state, next)
-    }
-}
+use elapid_tensor::{DType, Device, Tensor};
 
 /// Prompts of one token, of a few, of more than a chunk and of one token more; some come in the middle.
 fn cases() -> Vec<Case> {
@@ -89,12 +36,12 @@ fn cases() -> Vec<Case> {
 
 /// Checks the cases, which are read in few calls: as they come, and for throughput.
 fn check(runner: impl Runner, chosen_by_host: bool, limits: &[Limits]) {
-    let mut noted = Noted(runner, Vec::new());
+    let mut watched = Watched::new(runner);
     for &limits in limits {
-        noted.1.clear();
-        check_chosen(&mut noted, &cases(), limits, |_, _| chosen_by_host);
-        let together = noted.1.iter().filter(|lengths| lengths.len() > 1).count();
-        assert!(noted.1[0].len() == 4 && together >= 2, "{:?}", noted.1);
+        watched.read.clear();
+        check_chosen(&mut watched, &cases(), limits, |_, _| chosen_by_host);
+        let together = watched.read.iter().filter(|lengths| lengths.len() > 1).count();
+        assert!(watched.read[0].len() == 4 && together >= 2, "{:?}", watched.read);
     }
 }
 
@@ -117,7 +64,7 @@ fn on_the_cpu_each_prompt_gives_what_it_gives_alone() {
 
 #[test]
 fn on_a_gpu_each_prompt_gives_what_it_gives_alone() {
-    for gpu in gpus() {
+    for gpu in gpus("prompts") {
         let mut model = LanguageModel::new(&MambaConfig::bytes(32, 1), 5).unwrap();
         model.place(Device::Cuda(gpu.id()), DType::BF16).unwrap();
         let encoding = decode_step::Encoding::Bf16;
@@ -128,10 +75,10 @@ fn on_a_gpu_each_prompt_gives_what_it_gives_alone() {
         let engine = GpuEngine::new(&mut model, encoding).unwrap().with_state(DType::BF16).unwrap();
         check(engine, false, &both[..1]);
         // The model itself: logits of all prompts, among them one whose last token is a call of its own where it is alone.
-        let mut noted = Noted(ModelRunner::new(&model), Vec::new());
+        let mut watched = Watched::new(ModelRunner::new(&model));
         let read_only = cases().into_iter().map(|case| Case { max_tokens: 1, ..case });
-        check_chosen(&mut noted, &read_only.collect::<Vec<_>>(), both[0], |_, _| true);
-        assert_eq!(noted.1[0], [3, 160, 1, 160]);
+        check_chosen(&mut watched, &read_only.collect::<Vec<_>>(), both[0], |_, _| true);
+        assert_eq!(watched.read[0], [3, 160, 1, 160]);
     }
 }
 
@@ -183,7 +130,7 @@ fn a_prompt_that_fails_leaves_those_read_with_it_alone() {
     let mut model = LanguageModel::new(&MambaConfig::bytes(32, 1), 5).unwrap();
     let fresh = model.fresh_state(1).unwrap();
     check_failing(&mut ModelRunner::new(&model), fresh.clone());
-    for gpu in gpus() {
+    for gpu in gpus("prompts") {
         model.place(Device::Cuda(gpu.id()), DType::BF16).unwrap();
         let mut engine = GpuEngine::new(&mut model, decode_step::Encoding::Bf16).unwrap();
         check_failing(&mut engine, fresh.clone());

@@ -5,99 +5,13 @@ mod arrivals;
 
 use std::sync::Arc;
 
-use arrivals::{Case, alone, case, check_chosen, same};
-use elapid_infer::{
-    GpuEngine, Limits, NextTokens, Options, Request, Runner, Sampling, Scheduler, Update,
-};
-use elapid_models::{LanguageModel, MambaConfig, State};
+use arrivals::{Case, Watched, alone, case, check_chosen, gpus, same};
+use elapid_infer::{GpuEngine, Limits, Options, Request, Sampling, Scheduler, Update};
+use elapid_models::{LanguageModel, MambaConfig};
 use elapid_ops::decode_step;
-use elapid_tensor::cuda::Gpu;
-use elapid_tensor::{DType, Device, Sequences, Tensor};
+use elapid_tensor::{DType, Device, Tensor};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree as _;
-
-fn gpus() -> Vec<Gpu> {
-    [("emulation", Gpu::emulated()), ("card", Gpu::open(0))]
-        .into_iter()
-        .filter_map(|(what, gpu)| {
-            gpu.inspect_err(|error| eprintln!("SKIPPED: the scheduler on the {what}: {error}")).ok()
-        })
-        .collect()
-}
-
-/// A runner that counts who chooses.
-struct Counted<R> {
-    runner: R,
-    by_host: usize,
-    by_runner: usize,
-}
-
-impl<R> Counted<R> {
-    fn new(runner: R) -> Self {
-        Self { runner, by_host: 0, by_runner: 0 }
-    }
-}
-
-struct CountedTokens<'a> {
-    next: &'a mut dyn NextTokens,
-    by_host: usize,
-    by_runner: usize,
-}
-
-impl NextTokens for CountedTokens<'_> {
-    fn rule(&self, slot: usize) -> (&Sampling, &[u32]) {
-        self.next.rule(slot)
-    }
-
-    fn choose(&mut self, slot: usize, logits: &[f32]) {
-        self.by_host += 1;
-        self.next.choose(slot, logits);
-    }
-
-    fn take(&mut self, slot: usize, token: elapid_infer::Result<u32>) {
-        self.by_runner += 1;
-        self.next.take(slot, token);
-    }
-}
-
-impl<R: Runner> Runner for Counted<R> {
-    fn config(&self) -> &MambaConfig {
-        self.runner.config()
-    }
-
-    fn fresh_state(&self, slots: usize) -> elapid_infer::Result<State> {
-        self.runner.fresh_state(slots)
-    }
-
-    fn check_state(&self, state: &State) -> elapid_infer::Result<()> {
-        self.runner.check_state(state)
-    }
-
-    fn run(
-        &mut self,
-        ids: &[u32],
-        sequences: &Sequences,
-        state: Option<State>,
-        wanted: &[usize],
-        receive: &mut elapid_infer::Receiver<'_>,
-    ) -> elapid_infer::Result<State> {
-        self.runner.run(ids, sequences, state, wanted, receive)
-    }
-
-    fn decode(
-        &mut self,
-        ids: &[u32],
-        sequences: &Sequences,
-        state: Option<State>,
-        next: &mut dyn NextTokens,
-    ) -> elapid_infer::Result<State> {
-        let mut counted = CountedTokens { next, by_host: 0, by_runner: 0 };
-        let after = self.runner.decode(ids, sequences, state, &mut counted);
-        self.by_host += counted.by_host;
-        self.by_runner += counted.by_runner;
-        after
-    }
-}
 
 /// Cases of every option. Before the last three more tokens were seen than a card keeps, or nearly so: the penalty is for
 /// fewer, for all, and for all, of which there are too many from the fourth new token on.
@@ -133,12 +47,12 @@ fn options_of_every_kind() -> Vec<Case> {
 
 #[test]
 fn on_the_decode_engine_of_a_gpu_tokens_are_chosen_there() {
-    for gpu in gpus() {
+    for gpu in gpus("the scheduler") {
         let mut model = LanguageModel::new(&MambaConfig::bytes(32, 2), 5).unwrap();
         model.place(Device::Cuda(gpu.id()), DType::BF16).unwrap();
         for (encoding, slots) in [(decode_step::Encoding::Bf16, 3), (decode_step::Encoding::Q8, 10)]
         {
-            let mut counted = Counted::new(GpuEngine::new(&mut model, encoding).unwrap());
+            let mut counted = Watched::new(GpuEngine::new(&mut model, encoding).unwrap());
             let limits = Limits { slots, prefill_tokens: 16, ..Limits::default() };
             // Alone, logits are asked for, and not counted.
             check_chosen(&mut counted, &options_of_every_kind(), limits, Case::is_for_the_host);
@@ -151,7 +65,7 @@ fn on_the_decode_engine_of_a_gpu_tokens_are_chosen_there() {
 
 #[test]
 fn on_a_gpu_each_gets_what_it_gets_alone() {
-    for gpu in gpus() {
+    for gpu in gpus("the scheduler") {
         let mut model = LanguageModel::new(&MambaConfig::bytes(32, 1), 5).unwrap();
         model.place(Device::Cuda(gpu.id()), DType::BF16).unwrap();
         let mut engine = GpuEngine::new(&mut model, decode_step::Encoding::Bf16).unwrap();
@@ -167,7 +81,7 @@ fn on_a_gpu_each_gets_what_it_gets_alone() {
 
 #[test]
 fn on_a_gpu_a_sequence_that_fails_leaves_the_others_alone() {
-    for gpu in gpus() {
+    for gpu in gpus("the scheduler") {
         let mut model = LanguageModel::new(&MambaConfig::bytes(32, 1), 5).unwrap();
         model.place(Device::Cuda(gpu.id()), DType::BF16).unwrap();
         let mut engine = GpuEngine::new(&mut model, decode_step::Encoding::Bf16).unwrap();

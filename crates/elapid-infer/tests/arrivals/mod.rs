@@ -1,6 +1,6 @@
 //! Requests that arrive while others run, what each gets alone by a plain loop, and the comparison of the two.
 
-#![allow(dead_code, reason = "each test file uses its own part")]
+#![allow(dead_code, unused_imports, reason = "each test file uses its own part")]
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -10,8 +10,23 @@ use elapid_infer::{
     TextStream, Update,
 };
 use elapid_models::{LanguageModel, MambaConfig, State};
+use elapid_tensor::cuda::Gpu;
 use elapid_tensor::{Sequence, Sequences};
 use proptest::prelude::*;
+
+mod watched;
+
+pub use watched::Watched;
+
+/// The emulation and the card, as far as they are there; says of `what` that it skipped the others.
+pub fn gpus(what: &str) -> Vec<Gpu> {
+    [("emulation", Gpu::emulated()), ("card", Gpu::open(0))]
+        .into_iter()
+        .filter_map(|(place, gpu)| {
+            gpu.inspect_err(|error| eprintln!("SKIPPED: {what} on the {place}: {error}")).ok()
+        })
+        .collect()
+}
 
 pub fn model() -> LanguageModel {
     LanguageModel::new(&MambaConfig::bytes(24, 2), 5).unwrap()

@@ -70,8 +70,9 @@ pub struct Product {
     pub bias_dtype: DType,
     /// Lets products of F32 round their inputs to TF32 (10 bits after the point); of no effect on BF16.
     pub tf32: bool,
-    /// A row of C has the same bits whatever the number of rows and wherever it is among them. Of no effect on batches
-    /// and on a transposed `a`.
+    /// A row of C has the same bits whatever the number of rows and wherever it is among them: all numbers of rows share
+    /// one algorithm. Where the library has that one for many rows only, few have another, and other bits. Of no effect on
+    /// batches and on a transposed `a`.
     pub invariant: bool,
 }
 
