@@ -1,6 +1,6 @@
 //! Generation: several prompts at once, streamed token by token, from a given state or from nothing.
 
-use std::ops::ControlFlow;
+use std::ops::{Add, ControlFlow};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -120,6 +120,19 @@ impl Timing {
     /// Decoded tokens a second; 0 if there was none.
     pub fn decode_rate(&self) -> f64 {
         rate(self.decode_tokens, self.decode)
+    }
+}
+
+impl Add for Timing {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            prefill_tokens: self.prefill_tokens + other.prefill_tokens,
+            prefill: self.prefill + other.prefill,
+            decode_tokens: self.decode_tokens + other.decode_tokens,
+            decode: self.decode + other.decode,
+        }
     }
 }
 

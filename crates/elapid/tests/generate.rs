@@ -112,6 +112,9 @@ fn a_saved_state_goes_on_as_if_never_interrupted() {
     let rest = run(&["-n", "20", "--state-in", "ten.state"]);
     assert_eq!(tokens(&rest), tokens(&whole)[10..]);
     assert_eq!(rest["prompt_tokens"], 0);
+    // Where nothing was read, or nothing decoded, there is no speed of it.
+    let human = program.run(&generate(&["-n", "1", "--seed", "8", "--state-in", "ten.state"])).err;
+    assert!(human.contains("prompt: 0 tokens · new: 1 token · length reached"), "{human}");
     run(&["--prompt", "Once upon a time", "-n", "0", "--state-out", "read.state"]);
     let all = run(&["-n", "30", "--state-in", "read.state"]);
     assert_eq!(tokens(&all), tokens(&whole));
@@ -266,6 +269,9 @@ fn many_prompts_get_what_each_gets_alone() {
             (&"length".into(), &prompt.len().into())
         );
     }
+    let human = program.run(&generate(&[&["--prompts", "prompts.txt"], &call[..]].concat())).err;
+    assert!(human.contains("3 prompts: 36 tokens at "), "{human}");
+    assert!(human.contains(" · new: 75 tokens at "), "{human}");
     // A small batch, standard input, and options of their own.
     let json = r#"{"prompt": "The snake", "max_tokens": 3}
         {"tokens": [120], "temperature": 0.9, "seed": 5, "id": 0, "max_tokens": 40}
@@ -310,8 +316,12 @@ fn samples_of_a_prompt_differ_and_the_first_is_the_usual_one() {
     let program = Program::with_model();
     let call = ["--prompt", "Once upon", "-n", "20", "--seed", "3"];
     let usual = program.run(&generate(&call)).ok();
-    let samples = program.run(&generate(&[&call[..], &["--samples", "3"]].concat())).ok();
-    let samples = lines(&samples);
+    let samples = program.run(&generate(&[&call[..], &["--samples", "3"]].concat()));
+    // The prompt was read once, before the samples.
+    assert!(samples.err.contains("prompt: 9 tokens at "), "{}", samples.err);
+    assert!(!samples.err.contains("at 0.0 tokens/s"), "{}", samples.err);
+    assert!(samples.err.contains(" · 3 samples: 60 tokens at "), "{}", samples.err);
+    let samples = lines(&samples.ok());
     assert_eq!(samples.len(), 3);
     assert_eq!(samples[0]["text"], usual);
     assert_ne!(samples[0]["text"], samples[1]["text"]);

@@ -1,8 +1,8 @@
 //! `elapid generate`: continues a text, or token ids, with a model; or many of them at once.
 
 mod many;
+mod summary;
 
-use std::fmt;
 use std::fs;
 use std::io::{self, IsTerminal, Read, Write};
 use std::ops::ControlFlow;
@@ -22,9 +22,10 @@ use serde::Serialize;
 
 use crate::cli::{Global, JsonArgument, ModelArgument, WeightsArgument};
 use crate::exit::Usage;
-use crate::output::{grouped, print_json, rate};
+use crate::output::print_json;
 use crate::ready_model::{ReadyModel, check_state};
 use crate::text_of::TextOf;
+use summary::Place;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -198,7 +199,11 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
         let encode = |prompt: &str| encode(prompt.as_bytes(), &text, true);
         let jobs = many::jobs(path, json, &options, encode)?;
         let with_text = text.tokenizer.is_some();
-        return ready.with(|runner| run_many(arguments, runner, with_text, &place, jobs));
+        return ready.with(|runner| {
+            let many = many::run(runner, usize::from(arguments.batch), with_text, jobs)?;
+            summary::prompts(&many, &place);
+            Ok(())
+        });
     }
     let prompt = prompt(arguments, &text)?;
     let fingerprint = match (&arguments.state_in, &arguments.state_out) {
@@ -210,20 +215,6 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
         run_one(arguments, runner, prompt, &options, fingerprint.as_ref(), &place, model)
     };
     ready.with(run)
-}
-
-/// Where and how it was computed.
-struct Place {
-    /// `cpu`, `cuda:0`.
-    device: String,
-    /// How weights are held, or the type of products.
-    dtype: String,
-}
-
-impl fmt::Display for Place {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} in {}", self.device, self.dtype)
-    }
 }
 
 /// One prompt, continued once or in several ways.
@@ -254,8 +245,11 @@ fn run_one(
     };
     let request = Request { prompt, state, logits, ..Request::default() };
     if let Some(samples) = arguments.samples {
-        let jobs = forks(runner, &request, options, samples)?;
-        return run_many(arguments, runner, with_text, place, jobs.into_iter().map(Ok));
+        let (jobs, read) = forks(runner, &request, options, samples)?;
+        let batch = usize::from(arguments.batch);
+        let many = many::run(runner, batch, with_text, jobs.into_iter().map(Ok))?;
+        summary::samples(read, &many, options.sampling.seed, place);
+        return Ok(());
     }
 
     let mut writer = (!arguments.json.json).then(|| Writer::new(with_text));
@@ -294,7 +288,7 @@ fn run_one(
             decode_tokens_per_second: timing.decode_rate(),
         });
     }
-    summarise(generated, &generation.timing, seed, place);
+    summary::one(generated, &generation.timing, seed, place);
     Ok(())
 }
 
@@ -330,34 +324,13 @@ fn encode(bytes: &[u8], text: &TextOf, whole: bool) -> Result<Vec<u32>> {
     Ok(ids)
 }
 
-/// Runs many, and says how fast it was.
-fn run_many(
-    arguments: &Arguments,
-    runner: &mut dyn Runner,
-    with_text: bool,
-    place: &Place,
-    jobs: impl Iterator<Item = Result<many::Job>>,
-) -> Result<()> {
-    let batch = usize::from(arguments.batch);
-    let timing = many::run(runner, batch, with_text, jobs)?;
-    let _ = writeln!(
-        io::stderr(),
-        "read {} tokens at {} tokens/s · made {} more at {} tokens/s · {place}",
-        grouped(timing.prefill_tokens as u64),
-        rate(timing.prefill_rate()),
-        grouped(timing.decode_tokens as u64),
-        rate(timing.decode_rate()),
-    );
-    Ok(())
-}
-
-/// Several continuations of a prompt that is read once.
+/// Several continuations of a prompt that is read once, here, and the time of that.
 fn forks(
     runner: &mut dyn Runner,
     request: &Request,
     options: &Options,
     samples: u32,
-) -> Result<Vec<many::Job>> {
+) -> Result<(Vec<many::Job>, Timing)> {
     let only_read = Options { max_tokens: 0, ..options.clone() };
     let go_on = &mut |_: Event<'_>| ControlFlow::Continue(());
     let read =
@@ -373,10 +346,8 @@ fn forks(
         options: options.clone(),
         prompt_tokens: request.prompt.len(),
     };
-    let read = read.sequences.first();
-    Ok(read
-        .map(|read| (0..u64::from(samples)).map(|id| job(read, id)).collect())
-        .unwrap_or_default())
+    let jobs = read.sequences.first().map(|own| (0..u64::from(samples)).map(|id| job(own, id)));
+    Ok((jobs.into_iter().flatten().collect(), read.timing))
 }
 
 /// The state, and what its last token predicts, if the file has it.
@@ -464,25 +435,6 @@ impl Writer {
         }
         self.failed.map_or(Ok(()), Err)
     }
-}
-
-fn summarise(generated: &Generated, timing: &Timing, seed: u64, place: &Place) {
-    let finish = match generated.finish {
-        Finish::Length => "length reached",
-        Finish::Stop => "stop string found",
-        Finish::EndOfSequence => "end of sequence",
-        Finish::Interrupted => "interrupted",
-    };
-    let tokens = |count: usize| {
-        format!("{} token{}", grouped(count as u64), if count == 1 { "" } else { "s" })
-    };
-    let mut line = format!("prompt: {}", tokens(timing.prefill_tokens));
-    line += &format!(" at {} tokens/s", rate(timing.prefill_rate()));
-    line += &format!(" · new: {}", tokens(generated.tokens.len()));
-    if timing.decode_tokens > 0 {
-        line += &format!(" at {} tokens/s", rate(timing.decode_rate()));
-    }
-    let _ = writeln!(io::stderr(), "{line} · {finish} · seed {seed} · {place}");
 }
 
 /// An option error of the library under the option's name on the command line.

@@ -57,6 +57,14 @@ struct Failed {
     error: String,
 }
 
+/// What came of all jobs.
+pub struct Outcome {
+    pub sequences: usize,
+    /// New ones, of all sequences.
+    pub tokens: usize,
+    pub timing: Timing,
+}
+
 /// A request, its options, and how many tokens its prompt has.
 pub struct Job {
     pub request: Request,
@@ -140,12 +148,12 @@ pub fn run(
     batch: usize,
     with_text: bool,
     jobs: impl Iterator<Item = Result<Job>>,
-) -> Result<Timing> {
+) -> Result<Outcome> {
     let limits = Limits { queue: batch, ..Limits::throughput(&*runner, batch) };
     let mut scheduler = Scheduler::new(runner, limits)?;
     let mut jobs = jobs.fuse();
     let mut accepted: Vec<(usize, u64)> = Vec::new();
-    let (mut failures, mut refused) = (0u64, None);
+    let (mut failures, mut tokens, mut refused) = (0u64, 0, None);
     loop {
         while scheduler.waiting() < batch && refused.is_none() {
             let Some(job) = jobs.next() else { break };
@@ -164,6 +172,7 @@ pub fn run(
             let line = match update {
                 Update::Token { .. } => continue,
                 Update::Finished { handle, generated } => {
+                    tokens += generated.tokens.len();
                     let (prompt_tokens, seed) =
                         accepted.get(handle as usize).copied().unwrap_or_default();
                     serde_json::to_string(&Ended {
@@ -187,6 +196,6 @@ pub fn run(
     match refused {
         Some(error) => Err(error),
         None if failures > 0 => bail!("{failures} of {} prompts failed", accepted.len()),
-        None => Ok(scheduler.timing()),
+        None => Ok(Outcome { sequences: accepted.len(), tokens, timing: scheduler.timing() }),
     }
 }
