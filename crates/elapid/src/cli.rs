@@ -192,7 +192,8 @@ pub struct ModelArgument {
 #[derive(Debug, Clone, Copy, Args)]
 pub struct WeightsArgument {
     /// Hold projections and embedding so [default: as they are stored]: on the CPU f32, bf16, f16, q8_0, q4_0, q4_k or
-    /// q6_k; on a GPU, with --dtype bf16, bf16 or q8_0
+    /// q6_k; on a GPU, with --dtype bf16, bf16 or q8_0 (files of q8_0 and q4_0 keep exactly their numbers in q8_0; those of
+    /// q4_k and q6_k are rounded to it)
     #[arg(long, value_name = "TYPE", help_heading = "Machine", value_parser = encoding)]
     pub weights: Option<Encoding>,
 }

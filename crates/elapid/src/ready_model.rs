@@ -1,5 +1,5 @@
 //! A model that is ready to run: on the CPU the decode engine over the weights as the file has them, on a GPU the
-//! language model, or its decode engine where `--weights` asks for it. What trains or needs gradients takes a
+//! language model, or its decode engine where `--weights` or the command asks for it. What trains or needs gradients takes a
 //! [`LanguageModel`] instead.
 
 use std::panic::resume_unwind;
@@ -33,7 +33,14 @@ pub struct ReadyModel {
 
 enum Engine {
     Cpu(Box<CpuEngine>),
-    Gpu { model: Box<LanguageModel>, weights: Option<decode_step::Encoding>, state: DType },
+    Gpu {
+        model: Box<LanguageModel>,
+        /// Whether decode steps have kernels and weights of their own.
+        decodes: bool,
+        /// How they keep the weights; none: as they are stored.
+        weights: Option<decode_step::Encoding>,
+        state: DType,
+    },
 }
 
 impl ReadyModel {
@@ -87,9 +94,17 @@ impl ReadyModel {
             let mut model = Box::new(source.load()?);
             placement.place(&mut model)?;
             let weights = weights.map(on_gpu).transpose().map_err(anyhow::Error::msg)?;
-            Engine::Gpu { model, weights, state: DType::F32 }
+            Engine::Gpu { model, decodes: weights.is_some(), weights, state: DType::F32 }
         };
         Ok(Self { engine, source, folder })
+    }
+
+    /// The model with the decode engine of a GPU that computes in bf16, even if it was not asked for by a type of weights.
+    pub fn for_decoding(mut self) -> Self {
+        if let Engine::Gpu { model, decodes, .. } = &mut self.engine {
+            *decodes |= model.compute() == DType::BF16;
+        }
+        self
     }
 
     /// The model with the recurrent state of its decode steps kept in a type: see [`check_state`].
@@ -122,8 +137,10 @@ impl ReadyModel {
     pub fn dtype(&self) -> String {
         match &self.engine {
             Engine::Cpu(engine) => engine.encoding().to_string(),
-            Engine::Gpu { weights: Some(weights), .. } => weights.to_string(),
-            Engine::Gpu { model, weights: None, .. } => model.compute().to_string(),
+            Engine::Gpu { decodes: true, weights, .. } => {
+                GpuEngine::encoding_of(&self.source, *weights).to_string()
+            }
+            Engine::Gpu { model, .. } => model.compute().to_string(),
         }
     }
 
@@ -142,9 +159,10 @@ impl ReadyModel {
     pub fn with<R>(&mut self, run: impl FnOnce(&mut dyn Runner) -> Result<R>) -> Result<R> {
         match &mut self.engine {
             Engine::Cpu(engine) => run(&mut **engine),
-            Engine::Gpu { model, weights: None, .. } => run(&mut ModelRunner::new(model)),
-            Engine::Gpu { model, weights: Some(weights), state } => {
-                run(&mut GpuEngine::new(model, *weights)?.with_state(*state)?)
+            Engine::Gpu { model, decodes: false, .. } => run(&mut ModelRunner::new(model)),
+            Engine::Gpu { model, weights, state, .. } => {
+                let engine = GpuEngine::of_source(model, &self.source, *weights)?;
+                run(&mut engine.with_state(*state)?)
             }
         }
     }

@@ -364,3 +364,47 @@ fn the_state_of_decode_steps_has_its_type_on_a_gpu_only() {
     }
     call(&["--device", "cuda:emulated"]).fails(2, &["--state-dtype", "--dtype bf16"]);
 }
+
+#[test]
+fn on_a_gpu_blocks_of_a_file_stay_blocks() {
+    if let Err(error) = elapid::tensor::cuda::Gpu::emulated() {
+        eprintln!("SKIPPED: a file's blocks on the emulated GPU: {error}");
+        return;
+    }
+    let program = Program::with_model();
+    let wide = elapid::MambaConfig::bytes(256, 1);
+    let mut wide = elapid::LanguageModel::new(&wide, 4).unwrap();
+    elapid::formats::hf::save_model(&program.path("wide"), &mut wide, elapid::tensor::DType::F32)
+        .unwrap();
+    let write = |model: &str, file: &str, more: &[&str]| {
+        program.run(&[&["quantize", model, file], more].concat()).ok();
+    };
+    write("model", "q8_0.gguf", &["--type", "q8_0"]);
+    write("model", "q4_0.gguf", &["--type", "q4_0", "--embedding", "f16"]);
+    write("wide", "q4_k.gguf", &["--type", "q4_k", "--embedding", "q6_k"]);
+    let on_gpu = ["--device", "cuda:emulated", "--dtype", "bf16", "--no-self-check"];
+    let on_cpu = ["--device", "cpu"];
+    let run = |model: &str, device: &[&str], more: &[&str]| {
+        let call = ["generate", "--model", model, "--prompt", "The ", "-n", "4", "--json"];
+        let fixed = ["--temperature", "0"];
+        program.run(&[&call[..], &fixed, device, more].concat())
+    };
+    for (model, kept) in
+        [("model", "bf16"), ("q8_0.gguf", "q8_0"), ("q4_0.gguf", "q8_0"), ("q4_k.gguf", "q8_0")]
+    {
+        let report = run(model, &on_gpu, &[]).json();
+        assert_eq!(report["dtype"], kept, "{model}");
+        assert_eq!(report["tokens"].as_array().unwrap().len(), 4, "{model}");
+        if model == "q8_0.gguf" {
+            let given = run(model, &on_gpu, &["--weights", kept]).json();
+            assert_eq!(given["tokens"], report["tokens"]);
+        }
+        let cpu = run(model, &on_cpu, &[]).json();
+        assert_eq!(cpu["tokens"][0], report["tokens"][0], "{model}");
+    }
+    for weights in ["bf16", "q8_0"] {
+        let report = run("q4_k.gguf", &on_gpu, &["--weights", weights]).json();
+        assert_eq!(report["dtype"], weights);
+    }
+    run("q4_k.gguf", &on_gpu, &["--weights", "q4_k"]).fails(2, &["q4_k", "bf16 or q8_0"]);
+}

@@ -19,6 +19,7 @@ mod steps;
 
 use std::ops::ControlFlow;
 
+use elapid_formats::ModelSource;
 use elapid_models::{LanguageModel, MambaConfig, NormKind, State};
 use elapid_ops::decode_step::{Encoding, Sizes, Weights};
 use elapid_tensor::cuda::Gpu;
@@ -50,6 +51,34 @@ impl<'m> GpuEngine<'m> {
     /// # Errors
     /// If the model is elsewhere or computes in another type, or there is no memory.
     pub fn new(model: &'m mut LanguageModel, encoding: Encoding) -> Result<Self> {
+        Self::build(model, None, Some(encoding))
+    }
+
+    /// The same for a model that was loaded from `source`. Without an encoding weights are kept as they are stored: blocks
+    /// of integers as int8, floats in bf16. As int8, blocks of Q8_0 and Q4_0 keep exactly their numbers and scales; those of
+    /// other types are rounded anew.
+    ///
+    /// # Errors
+    /// As [`GpuEngine::new`].
+    pub fn of_source(
+        model: &'m mut LanguageModel,
+        source: &ModelSource,
+        encoding: Option<Encoding>,
+    ) -> Result<Self> {
+        Self::build(model, Some(source), encoding)
+    }
+
+    /// How such an engine would keep the projections.
+    pub fn encoding_of(source: &ModelSource, encoding: Option<Encoding>) -> Encoding {
+        let stored = source.get("backbone.layers.0.mixer.in_proj.weight");
+        load::kept(stored.map(|stored| stored.encoding), encoding)
+    }
+
+    fn build(
+        model: &'m mut LanguageModel,
+        source: Option<&ModelSource>,
+        encoding: Option<Encoding>,
+    ) -> Result<Self> {
         let gpu = match model.device().gpu()? {
             Some(gpu) if model.compute() == DType::BF16 => gpu,
             _ => {
@@ -61,7 +90,7 @@ impl<'m> GpuEngine<'m> {
             }
         };
         let sizes = sizes(model.config());
-        let weights = load::weights(&gpu, model, encoding)?;
+        let weights = load::weights(&gpu, model, source, encoding)?;
         weights.check(&sizes)?;
         Ok(Self { model, gpu, sizes, weights, steps: None })
     }
@@ -89,9 +118,10 @@ impl<'m> GpuEngine<'m> {
         self.weights.bytes_read()
     }
 
-    /// How its embedding and projections are kept.
+    /// How its embedding and projections are kept; the first layer stands for all.
     pub fn encoding(&self) -> Encoding {
-        self.weights.embedding.encoding()
+        let embedding = self.weights.embedding.encoding();
+        self.weights.layers.first().map_or(embedding, |layer| layer.input.encoding())
     }
 
     /// The model that reads prompts.

@@ -51,6 +51,20 @@ fn sizes_are_those_of_the_files() {
 }
 
 #[test]
+fn blocks_of_q4_0_are_exact_in_q8_0() {
+    for seed in 0..4 {
+        let bytes = quantize(Encoding::Q4_0, 320, &normal(seed, 640)).unwrap();
+        let wide = q8_0::exactly(Encoding::Q4_0, &bytes).unwrap();
+        let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        assert_eq!(bits(decoded(Encoding::Q4_0, &bytes)), bits(decoded(Encoding::Q8_0, &wide)));
+        assert_eq!(q8_0::exactly(Encoding::Q8_0, &wide).unwrap(), wide);
+        for other in [Encoding::F32, Encoding::BF16, Encoding::Q4_K, Encoding::Q6_K] {
+            assert!(q8_0::exactly(other, &bytes).is_none());
+        }
+    }
+}
+
+#[test]
 fn a_q8_0_block_by_hand() {
     let mut bytes = f16::from_f32(0.5).to_le_bytes().to_vec();
     bytes.extend((0..32).map(|i| (i * 8 - 128) as i8 as u8));

@@ -162,6 +162,14 @@ impl Packed {
         self.buffer.len()
     }
 
+    /// The packed bytes.
+    ///
+    /// # Errors
+    /// If the GPU failed.
+    pub fn read(&self) -> Result<Vec<u8>> {
+        self.buffer.read()
+    }
+
     pub(super) fn first_rows(&self) -> usize {
         self.first_rows
     }

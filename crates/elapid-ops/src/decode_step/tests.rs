@@ -7,6 +7,7 @@ use super::reference::{Layer, Model, State};
 use super::{
     Encoding, LayerState, LayerWeights, NormWeights, Packed, Sizes, Source, Step, Weights,
 };
+use crate::blocks::dequantize;
 use crate::testing::{gpus, random};
 
 fn plain() -> Sizes {
@@ -72,6 +73,8 @@ struct Case {
 struct Maker<'a> {
     gpu: &'a Gpu,
     seed: u64,
+    /// Matrices in int8 come as blocks of a file.
+    blocks: bool,
 }
 
 impl Maker<'_> {
@@ -92,17 +95,45 @@ impl Maker<'_> {
         first_rows: usize,
         encoding: Encoding,
     ) -> (Packed, Vec<f64>) {
+        if self.blocks && encoding == Encoding::Q8 {
+            return self.matrix_of_blocks(rows, terms, first_rows);
+        }
         let values = self.values(rows * terms, 1.6 / (terms as f32).sqrt());
         let buffer = self.gpu.upload(&values).unwrap();
         let source = Source::F32(buffer.slice());
         let packed = Packed::new(self.gpu, source, (rows, terms), first_rows, encoding).unwrap();
         (packed, rounded(&values, terms, encoding).iter().map(|&v| f64::from(v)).collect())
     }
+
+    /// Blocks as a file may have them: of any numbers, -128 too, and scales of both signs.
+    fn matrix_of_blocks(
+        &mut self,
+        rows: usize,
+        terms: usize,
+        first_rows: usize,
+    ) -> (Packed, Vec<f64>) {
+        let mut blocks = Vec::new();
+        for scale in self.values(rows * terms / 32, 0.03 / (terms as f32).sqrt()) {
+            blocks.extend(half::f16::from_f32(scale).to_le_bytes());
+            let numbers = self.values(32, 60.0).into_iter().map(|v| v as i8);
+            blocks.extend(numbers.map(|v| if v.abs() == 9 { -128i8 } else { v } as u8));
+        }
+        let buffer = self.gpu.upload(&blocks).unwrap();
+        let from = Source::Q8_0(buffer.slice());
+        let packed = Packed::new(self.gpu, from, (rows, terms), first_rows, Encoding::Q8).unwrap();
+        let mut values = vec![0.0; rows * terms];
+        dequantize(crate::blocks::Encoding::Q8_0, &blocks, &mut values).unwrap();
+        (packed, values.into_iter().map(f64::from).collect())
+    }
 }
 
 impl Case {
     fn new(gpu: &Gpu, sizes: Sizes, encoding: Encoding) -> Self {
-        let mut make = Maker { gpu, seed: 100 };
+        Self::made(Maker { gpu, seed: 100, blocks: false }, sizes, [encoding; 2])
+    }
+
+    /// With W_x, and the other matrices, in an encoding.
+    fn made(mut make: Maker<'_>, sizes: Sizes, [small, encoding]: [Encoding; 2]) -> Self {
         let Sizes { width: d, inner: e, states: n, rank: r, taps: w, classes: v, .. } = sizes;
         let norm = |make: &mut Maker<'_>| {
             let (weight, weight_values) = make.array(d, |v| 1.0 + 0.3 * v);
@@ -116,7 +147,7 @@ impl Case {
         for _ in 0..2 {
             let (norm, norm_values) = norm(&mut make);
             let (input, input_values) = make.matrix(2 * e, d, e, encoding);
-            let (selection, selection_values) = make.matrix(r + 2 * n, e, r + 2 * n, encoding);
+            let (selection, selection_values) = make.matrix(r + 2 * n, e, r + 2 * n, small);
             let (delta, delta_values) = make.matrix(e, r, e, Encoding::Bf16);
             let (output, output_values) = make.matrix(d, e, d, encoding);
             let (taps, taps_values) = make.array(e * w, |v| v);
@@ -226,12 +257,45 @@ fn distance(got: &[f32], want: &[f64]) -> f64 {
 }
 
 #[test]
+fn cuda_packed_blocks_keep_their_numbers_and_scales() {
+    for gpu in gpus() {
+        // Two parts of rows that fill no tile.
+        let (rows, terms, first_rows) = (41, 96, 19);
+        let blocks: Vec<u8> =
+            random(3, rows * terms / 32 * 34).iter().map(|v| (v * 1e4) as i32 as u8).collect();
+        let buffer = gpu.upload(&blocks).unwrap();
+        let from = Source::Q8_0(buffer.slice());
+        let packed = Packed::new(&gpu, from, (rows, terms), first_rows, Encoding::Q8).unwrap();
+        let packed = packed.read().unwrap();
+        for (at, block) in blocks.chunks(34).enumerate() {
+            let (row, block_of_row) = (at / (terms / 32), at % (terms / 32));
+            let row = if row < first_rows { row } else { row - first_rows + 32 };
+            let (tile, r) = (row / 16, row % 16);
+            let own = &packed[(tile * (terms / 32) + block_of_row) * 544..][..544];
+            // layout.cuh; a scale that is no number is one still.
+            let scale = 512 + r % 8 * 4 + r / 8 * 2;
+            let half = |bytes: &[u8]| half::f16::from_le_bytes([bytes[0], bytes[1]]);
+            let (kept, given) = (half(&own[scale..]), half(block));
+            assert!(kept.to_bits() == given.to_bits() || kept.is_nan() && given.is_nan());
+            for (k, &number) in block[2..].iter().enumerate() {
+                let lane = r % 8 * 4 + k / 8;
+                assert_eq!(own[lane * 16 + (k % 8 / 4 * 2 + r / 8) * 4 + k % 4], number);
+            }
+        }
+    }
+}
+
+#[test]
 fn cuda_steps_follow_the_reference() {
     for gpu in gpus() {
-        for (sizes, encoding) in
-            [(plain(), Encoding::Bf16), (narrow(), Encoding::Q8), (odd(), Encoding::Bf16)]
-        {
-            let case = Case::new(&gpu, sizes, encoding);
+        // A file's blocks beside floats.
+        let whole = Sizes { width: 64, inner: 96, ..plain() };
+        let make = Maker { gpu: &gpu, seed: 100, blocks: true };
+        let of_file = Case::made(make, whole, [Encoding::Bf16, Encoding::Q8]);
+        let made = [(plain(), Encoding::Bf16), (narrow(), Encoding::Q8), (odd(), Encoding::Bf16)]
+            .map(|(sizes, encoding)| Case::new(&gpu, sizes, encoding));
+        for case in made.into_iter().chain([of_file]) {
+            let (sizes, encoding) = (case.sizes, case.weights.embedding.encoding());
             let mut running = Running::new(&gpu, &case, &[2, 0, 3], 4);
             let mut states: Vec<State> = (0..3).map(|_| case.model.fresh()).collect();
             for step in 0..3 {

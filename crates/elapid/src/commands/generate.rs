@@ -16,7 +16,6 @@ use elapid_infer::{
     Event, Finish, Generated, Options, Request, Runner, Sampling, Timing, forward, generate,
 };
 use elapid_models::State;
-use elapid_ops::blocks::Encoding;
 use elapid_tensor::{DType, Device, Tensor};
 use serde::Serialize;
 
@@ -181,12 +180,10 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     if arguments.state_dtype.is_some() {
         check_state(&placement)?;
     }
-    // A GPU that computes in bf16 decodes on its engine.
-    let on_gpu = placement.device != Device::Cpu && placement.dtype == DType::BF16;
-    let weights = arguments.weights.weights.or(on_gpu.then_some(Encoding::BF16));
+    let weights = arguments.weights.weights;
     let (path, tokenizer) = (&arguments.model.model, arguments.tokenizer.as_deref());
     let (ready, text) = ReadyModel::open_with_text(path, &placement, weights, tokenizer)?;
-    let mut ready = ready.with_state(arguments.state_dtype.unwrap_or(DType::F32));
+    let mut ready = ready.for_decoding().with_state(arguments.state_dtype.unwrap_or(DType::F32));
     let place = Place { device: placement.device.to_string(), dtype: ready.dtype() };
     options.tokenizer = text.tokenizer.clone();
     options.chunk = ready.reading().tokens;
