@@ -67,7 +67,7 @@ impl Steps {
     }
 
     /// Makes `state` the one that steps go on from.
-    pub(super) fn adopt(&mut self, state: State, sizes: &Sizes) -> Result<()> {
+    pub(super) fn adopt(&mut self, mut state: State, sizes: &Sizes) -> Result<()> {
         let pairs = || {
             self.layers
                 .iter()
@@ -87,10 +87,24 @@ impl Steps {
         let shared =
             self.layers.iter().any(|own| own.tail.holders() > 1 || own.state.holders() > 1);
         if shared {
+            self.recorded.clear();
+        }
+        let free = state
+            .layers
+            .iter()
+            .flat_map(|layer| layer.iter())
+            .all(|(_, given)| given.holders() == 1 && given.is_contiguous());
+        if free && self.recorded.values().all(Option::is_none) {
+            for (own, given) in self.layers.iter_mut().zip(&mut state.layers) {
+                own.tail = given.take(CONV_STATE)?;
+                own.state = given.take(SSM_STATE)?.cast(sizes.state)?;
+            }
+            return Ok(());
+        }
+        if shared {
             for own in &mut self.layers {
                 *own = LayerState::fresh(&self.gpu, sizes, self.slots)?;
             }
-            self.recorded.clear();
         }
         for (own, given) in self.layers.iter_mut().zip(&state.layers) {
             let tensors = [(&mut own.tail, CONV_STATE), (&mut own.state, SSM_STATE)];
@@ -226,5 +240,74 @@ impl Steps {
             NamedState::new(tensors.map(|(name, tensor)| (name.into(), tensor)))
         });
         State { layers: layers.collect(), positions: self.positions.clone() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use elapid_tensor::Device;
+
+    #[test]
+    fn a_state_that_nobody_else_holds_is_taken_over_where_it_is() {
+        let gpu = match Gpu::emulated() {
+            Ok(gpu) => gpu,
+            Err(error) => {
+                eprintln!("SKIPPED: states that are taken over, on the emulation: {error}");
+                return;
+            }
+        };
+        let sizes = Sizes {
+            width: 16,
+            inner: 32,
+            states: 4,
+            rank: 1,
+            taps: 3,
+            classes: 8,
+            centred: false,
+            eps: 1e-5,
+            selection_eps: None,
+            state: DType::F32,
+        };
+        let state = |value: f32| {
+            let filled =
+                |last| Tensor::filled(value, [2, 32, last]).to(Device::Cuda(gpu.id())).unwrap();
+            let own = || [(CONV_STATE.into(), filled(2)), (SSM_STATE.into(), filled(4))];
+            State {
+                layers: (0..2).map(|_| NamedState::new(own())).collect(),
+                positions: vec![7; 2],
+            }
+        };
+        let places = |state: &State| -> Vec<u64> {
+            let tensors = state.layers.iter().flat_map(|layer| layer.iter());
+            tensors.map(|(_, t)| t.device_slice::<f32>().unwrap().address()).collect()
+        };
+        let values = |state: &State| -> Vec<f32> {
+            let tensors = state.layers.iter().flat_map(|layer| layer.iter());
+            tensors.flat_map(|(_, tensor)| tensor.to_vec::<f32>().unwrap()).collect()
+        };
+        let mut steps = Steps::new(&gpu, &sizes, 2, 2).unwrap();
+        let given = state(1.0);
+        let given_places = places(&given);
+        steps.adopt(given, &sizes).unwrap();
+        assert_eq!(places(&steps.state()), given_places);
+        assert!(values(&steps.state()).iter().all(|&value| value == 1.0));
+        // One that is kept stays what it is, and so does what others took from the steps.
+        let (kept, taken) = (state(2.0), steps.state());
+        steps.adopt(kept.clone(), &sizes).unwrap();
+        let own = steps.state();
+        let apart = |a: &State, b: &State| places(a).iter().all(|place| !places(b).contains(place));
+        assert!(apart(&own, &kept) && apart(&own, &taken));
+        assert!(values(&own).iter().all(|&value| value == 2.0));
+        assert!(values(&taken).iter().all(|&value| value == 1.0));
+        assert_eq!(own.positions, [7, 7]);
+        // Recorded steps know where their state is.
+        drop((own, taken, kept));
+        let before = places(&steps.state());
+        let ((), graph) = gpu.record(|| Ok::<_, crate::Error>(())).unwrap();
+        steps.recorded.insert((2, false), Some(graph));
+        steps.adopt(state(3.0), &sizes).unwrap();
+        assert_eq!(places(&steps.state()), before);
+        assert!(values(&steps.state()).iter().all(|&value| value == 3.0));
     }
 }
