@@ -64,20 +64,20 @@ unsafe fn rows<L: Vectors, E: Element, const R: usize, const T: usize>(
                 }
                 next = next.wrapping_add(R * step * E::BYTES);
                 let at = from.add(k * E::BYTES);
-                let mut weights = [[L::zero(); 2]; R];
-                for (r, weights) in weights.iter_mut().enumerate() {
-                    *weights = E::load::<L>(at.add(r * call.row_bytes));
+                let x = inputs::<L, T>(x.add(k));
+                for r in 0..R {
+                    let weights = E::load::<L>(at.add(r * call.row_bytes));
+                    sums = add::<L, T>(weights, x, r, sums);
                 }
-                sums = add::<L, R, T>(weights, x.add(k), sums);
                 k += step;
             }
             if whole < columns {
                 let at = from.add(whole * E::BYTES);
-                let mut weights = [[L::zero(); 2]; R];
-                for (r, weights) in weights.iter_mut().enumerate() {
-                    *weights = load_rest::<L, E>(at.add(r * call.row_bytes), columns - whole);
+                let x = inputs::<L, T>(x.add(whole));
+                for r in 0..R {
+                    let weights = load_rest::<L, E>(at.add(r * call.row_bytes), columns - whole);
+                    sums = add::<L, T>(weights, x, r, sums);
                 }
-                sums = add::<L, R, T>(weights, x.add(whole), sums);
             }
             for (sums, y) in sums.into_iter().zip(&mut y) {
                 let sums = L::sums(sums);
@@ -93,22 +93,36 @@ unsafe fn rows<L: Vectors, E: Element, const R: usize, const T: usize>(
     }
 }
 
-/// Two vectors of each row with each token's. Sums go in and out as values, so that they stay in registers.
+/// Two vectors of each copied token.
+///
+/// # Safety
+/// They must be there.
 #[inline(always)]
-unsafe fn add<L: Vectors, const R: usize, const T: usize>(
-    weights: [[L::Vector; 2]; R],
-    x: *const f32,
+unsafe fn inputs<L: Vectors, const T: usize>(x: *const f32) -> [[L::Vector; 2]; T] {
+    // SAFETY: the caller's.
+    unsafe {
+        let mut inputs = [[L::zero(); 2]; T];
+        for (t, input) in inputs.iter_mut().enumerate() {
+            let x = x.add(t * ROW);
+            *input = [L::load(x), L::load(x.add(L::LANES))];
+        }
+        inputs
+    }
+}
+
+/// Two vectors of row `r` with each token's. Sums go in and out as values, so that they stay in registers.
+#[inline(always)]
+unsafe fn add<L: Vectors, const T: usize>(
+    weights: [L::Vector; 2],
+    x: [[L::Vector; 2]; T],
+    r: usize,
     mut sums: [[L::Vector; ROWS]; T],
 ) -> [[L::Vector; ROWS]; T] {
-    for (t, sums) in sums.iter_mut().enumerate() {
-        // SAFETY: the caller's: two vectors of each token.
+    for (sums, x) in sums.iter_mut().zip(x) {
+        // SAFETY: the caller's.
         unsafe {
-            let x = x.add(t * ROW);
-            let x = [L::load(x), L::load(x.add(L::LANES))];
-            for (sum, weights) in sums.iter_mut().zip(weights) {
-                *sum = L::mul_add(weights[0], x[0], *sum);
-                *sum = L::mul_add(weights[1], x[1], *sum);
-            }
+            sums[r] = L::mul_add(weights[0], x[0], sums[r]);
+            sums[r] = L::mul_add(weights[1], x[1], sums[r]);
         }
     }
     sums

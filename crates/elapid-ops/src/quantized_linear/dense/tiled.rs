@@ -35,6 +35,7 @@ pub(super) unsafe fn product<L: Vectors, E: Element>(call: Call, room: &mut Room
             part.x = call.x.add(token * call.x_stride);
             part.out = call.out.add(token * call.out_stride);
             part.tokens = tokens;
+            let tiles = Tiles::of::<L>(tokens);
             while first < blocks {
                 for block in first..first + together {
                     let copies = &mut room.x[(block - first) * tokens..][..tokens];
@@ -47,12 +48,7 @@ pub(super) unsafe fn product<L: Vectors, E: Element>(call: Call, room: &mut Room
                 while row < call.rows {
                     for block in first..first + together {
                         let x = room.x[(block - first) * tokens..].as_ptr();
-                        let next = if block + 1 < first + together {
-                            (row, block + 1)
-                        } else {
-                            (row + PANEL, first)
-                        };
-                        panel::<L, E>(part, row, block, x, next, &mut room.rows);
+                        panel::<L, E>(part, row, block, x, tiles, &mut room.rows);
                     }
                     row += PANEL;
                 }
@@ -63,14 +59,32 @@ pub(super) unsafe fn product<L: Vectors, E: Element>(call: Call, room: &mut Room
     }
 }
 
-/// One block of a panel's rows with all tokens, whose copies are at `x`; the panel at row and block `next` is asked for.
+/// How tokens are cut into tiles of about equal size, so that none has too few sums to keep the processor busy.
+#[derive(Clone, Copy)]
+struct Tiles {
+    /// Tokens of a tile, and how many tiles have one more.
+    tokens: usize,
+    larger: usize,
+    /// Rows of the next panel that each tile asks for until none is left.
+    rows_ahead: usize,
+}
+
+impl Tiles {
+    fn of<L: Vectors>(tokens: usize) -> Self {
+        let tiles = tokens.div_ceil(L::TOKENS);
+        let rows_ahead = PANEL.div_ceil(tiles * PANEL / ROWS);
+        Self { tokens: tokens / tiles, larger: tokens % tiles, rows_ahead }
+    }
+}
+
+/// One block of a panel's rows with all tokens, whose copies are at `x`; the next panel's is asked for.
 #[inline(always)]
 unsafe fn panel<L: Vectors, E: Element>(
     call: Call,
     row: usize,
     block: usize,
     x: *const Copied,
-    next: (usize, usize),
+    tiles: Tiles,
     copies: &mut [Copied],
 ) {
     let columns = width(call.columns, block);
@@ -82,14 +96,13 @@ unsafe fn panel<L: Vectors, E: Element>(
             copy_row::<L, E>(from.add(r * call.row_bytes), columns, copy);
         }
     }
-    let tokens = call.tokens.div_ceil(L::TOKENS);
-    let mut ask = Ask::<L>::new(call, next, E::BYTES, tokens * rows.div_ceil(ROWS));
     let columns = columns.next_multiple_of(2 * L::LANES);
+    let mut next = row + PANEL;
     let mut token = 0;
+    let mut larger = tiles.larger;
     while token < call.tokens {
-        let rest = call.tokens - token;
-        // No tile of one token: two small ones instead.
-        let count = if rest == L::TOKENS + 1 { L::TOKENS - 1 } else { rest.min(L::TOKENS) };
+        let count = tiles.tokens + usize::from(larger > 0);
+        larger = larger.saturating_sub(1);
         let x = x.wrapping_add(token);
         let ahead = x.wrapping_add(count).cast::<u8>();
         // The results of the next tiles, which are added to.
@@ -98,26 +111,30 @@ unsafe fn panel<L: Vectors, E: Element>(
         }
         let mut r = 0;
         while r < rows {
-            ask.some();
+            let end = call.rows.min(row + 2 * PANEL).min(next + tiles.rows_ahead).max(next);
             let tile = Tile {
                 rows: copies[r..].as_ptr().cast(),
                 x: x.cast(),
                 columns,
                 ahead: ahead.wrapping_add(r / ROWS * share::<L>()),
+                next: call.weight.wrapping_add(next * call.row_bytes + block * BLOCK * E::BYTES),
+                row_bytes: call.row_bytes,
+                rows_ahead: end - next,
                 out: call.out.wrapping_add(token * call.out_stride + row + r),
                 out_stride: call.out_stride,
                 count: ROWS.min(rows - r),
                 add: block > 0,
             };
+            next = end;
             // SAFETY: copies of rows (those beyond the last are of others, and dropped) and tokens.
             unsafe {
                 match count {
-                    1 => tile.run::<L, 1>(),
-                    2 => tile.run::<L, 2>(),
-                    3 => tile.run::<L, 3>(),
-                    4 if L::TOKENS > 3 => tile.run::<L, 4>(),
-                    5 if L::TOKENS > 3 => tile.run::<L, 5>(),
-                    _ if L::TOKENS > 3 => tile.run::<L, MOST>(),
+                    1 => tile.run::<L, E, 1>(),
+                    2 => tile.run::<L, E, 2>(),
+                    3 => tile.run::<L, E, 3>(),
+                    4 if L::TOKENS > 3 => tile.run::<L, E, 4>(),
+                    5 if L::TOKENS > 3 => tile.run::<L, E, 5>(),
+                    _ if L::TOKENS > 3 => tile.run::<L, E, MOST>(),
                     _ => unreachable!("at most three"),
                 }
             }
@@ -147,53 +164,6 @@ unsafe fn copy_row<L: Vectors, E: Element>(from: *const u8, columns: usize, to: 
     }
 }
 
-/// Asks for the next panel's block, some lines at a time.
-struct Ask<L> {
-    at: *const u8,
-    row_bytes: usize,
-    /// Lines of a row's block, and which comes next.
-    lines: usize,
-    line: usize,
-    /// Lines that are left, and at a time.
-    left: usize,
-    step: usize,
-    set: std::marker::PhantomData<L>,
-}
-
-impl<L: Vectors> Ask<L> {
-    #[inline(always)]
-    fn new(call: Call, (row, block): (usize, usize), bytes: usize, turns: usize) -> Self {
-        // A line more, since blocks need not begin with one.
-        let lines = width(call.columns, block) * bytes / 64 + 1;
-        let left = PANEL.min(call.rows.saturating_sub(row)) * lines;
-        let at = call.weight.wrapping_add(row * call.row_bytes + block * BLOCK * bytes);
-        let step = left.div_ceil(turns);
-        Self {
-            at,
-            row_bytes: call.row_bytes,
-            lines,
-            line: 0,
-            left,
-            step,
-            set: std::marker::PhantomData,
-        }
-    }
-
-    #[inline(always)]
-    fn some(&mut self) {
-        let count = self.step.min(self.left);
-        self.left -= count;
-        for _ in 0..count {
-            L::ask(self.at.wrapping_add(64 * self.line));
-            self.line += 1;
-            if self.line == self.lines {
-                self.line = 0;
-                self.at = self.at.wrapping_add(self.row_bytes);
-            }
-        }
-    }
-}
-
 /// Bytes of the next tokens that each tile of a panel asks for.
 const fn share<L: Vectors>() -> usize {
     L::TOKENS * size_of::<Copied>() / (PANEL / ROWS)
@@ -213,6 +183,10 @@ struct Tile {
     columns: usize,
     /// A part of the next tokens, asked for along the way.
     ahead: *const u8,
+    /// The same columns of rows to come, asked for as well.
+    next: *const u8,
+    row_bytes: usize,
+    rows_ahead: usize,
     out: *mut f32,
     out_stride: usize,
     /// Rows that there are.
@@ -225,7 +199,7 @@ impl Tile {
     /// # Safety
     /// The copies must be there, and the results be this thread's.
     #[inline(always)]
-    unsafe fn run<L: Vectors, const T: usize>(&self) {
+    unsafe fn run<L: Vectors, E: Element, const T: usize>(&self) {
         // SAFETY: the caller's.
         unsafe {
             let mut sums = [[L::zero(); ROWS]; T];
@@ -237,6 +211,14 @@ impl Tile {
                 while line < UNROLL * L::LANES * asked::<L>() {
                     L::ask(ahead.wrapping_add(line));
                     line += 64;
+                }
+                for r in 0..self.rows_ahead {
+                    let at = self.next.wrapping_add(r * self.row_bytes + k * E::BYTES);
+                    let mut line = 0;
+                    while line < UNROLL * L::LANES * E::BYTES {
+                        L::ask(at.wrapping_add(line));
+                        line += 64;
+                    }
                 }
                 for _ in 0..UNROLL {
                     sums = term::<L, T>(self.rows.add(k), self.x.add(k), sums);
