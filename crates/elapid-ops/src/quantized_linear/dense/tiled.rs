@@ -229,22 +229,52 @@ impl Tile {
                 sums = term::<L, T>(self.rows.add(k), self.x.add(k), sums);
                 k += L::LANES;
             }
-            for (t, sums) in sums.into_iter().enumerate() {
-                let to = self.out.add(t * self.out_stride);
-                let mut sums = L::sums(sums);
-                if self.count == ROWS {
-                    let to = to.cast::<[f32; ROWS]>();
-                    if self.add {
-                        let old = to.read_unaligned();
-                        for (sum, old) in sums.iter_mut().zip(old) {
-                            *sum += old;
-                        }
+            // No loop: sums that are indexed by a variable would lie on the stack all along.
+            self.put_two::<L, T>(0, &sums);
+            self.put_two::<L, T>(2, &sums);
+            self.put_two::<L, T>(4, &sums);
+        }
+    }
+
+    /// The sums of tokens `t` and `t + 1`, if there are such.
+    ///
+    /// # Safety
+    /// As [`Tile::run`].
+    #[inline(always)]
+    unsafe fn put_two<L: Vectors, const T: usize>(&self, t: usize, sums: &[[L::Vector; ROWS]; T]) {
+        // SAFETY: the caller's.
+        unsafe {
+            if t + 1 < T {
+                let [first, second] = L::sums_of_two([sums[t], sums[t + 1]]);
+                self.put(t, first);
+                self.put(t + 1, second);
+            } else if t < T {
+                self.put(t, L::sums(sums[t]));
+            }
+        }
+    }
+
+    /// A token's sums.
+    ///
+    /// # Safety
+    /// As [`Tile::run`].
+    #[inline(always)]
+    unsafe fn put(&self, token: usize, mut sums: [f32; ROWS]) {
+        // SAFETY: the caller's.
+        unsafe {
+            let to = self.out.add(token * self.out_stride);
+            if self.count == ROWS {
+                let to = to.cast::<[f32; ROWS]>();
+                if self.add {
+                    let old = to.read_unaligned();
+                    for (sum, old) in sums.iter_mut().zip(old) {
+                        *sum += old;
                     }
-                    to.write_unaligned(sums);
-                } else {
-                    for (r, &sum) in sums.iter().enumerate().take(self.count) {
-                        *to.add(r) = if self.add { *to.add(r) + sum } else { sum };
-                    }
+                }
+                to.write_unaligned(sums);
+            } else {
+                for (r, &sum) in sums.iter().enumerate().take(self.count) {
+                    *to.add(r) = if self.add { *to.add(r) + sum } else { sum };
                 }
             }
         }

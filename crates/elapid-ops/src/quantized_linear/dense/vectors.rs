@@ -23,6 +23,12 @@ pub(in super::super) trait Vectors: Copy {
     unsafe fn mul_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
     /// The sums of the lanes of four vectors: upper half onto lower half until one is left.
     unsafe fn sums(v: [Self::Vector; 4]) -> [f32; 4];
+    /// The same of two fours.
+    #[inline(always)]
+    unsafe fn sums_of_two(v: [[Self::Vector; 4]; 2]) -> [[f32; 4]; 2] {
+        // SAFETY: the caller's.
+        unsafe { [Self::sums(v[0]), Self::sums(v[1])] }
+    }
     /// Asks for a line of memory; any address will do.
     fn ask(at: *const u8);
     /// Two vectors to memory.

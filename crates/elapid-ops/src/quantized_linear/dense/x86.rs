@@ -196,6 +196,35 @@ impl Vectors for Avx512 {
             Avx2::sums(halves)
         }
     }
+    /// Both side by side, so that no half of a vector is idle.
+    #[inline(always)]
+    unsafe fn sums_of_two([a, b]: [[__m512; 4]; 2]) -> [[f32; 4]; 2] {
+        // SAFETY: as above.
+        unsafe {
+            // Lanes l and l + 8: a's eight sums, then b's.
+            let mut rows = [_mm512_setzero_ps(); 4];
+            for (row, (a, b)) in rows.iter_mut().zip(a.into_iter().zip(b)) {
+                let lower = _mm512_shuffle_f32x4::<0b01_00_01_00>(a, b);
+                let upper = _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b);
+                *row = _mm512_add_ps(lower, upper);
+            }
+            // Four apart: a and b of the first row, then of the second.
+            let first = _mm512_add_ps(
+                _mm512_shuffle_f32x4::<0b10_00_10_00>(rows[0], rows[1]),
+                _mm512_shuffle_f32x4::<0b11_01_11_01>(rows[0], rows[1]),
+            );
+            let last = _mm512_add_ps(
+                _mm512_shuffle_f32x4::<0b10_00_10_00>(rows[2], rows[3]),
+                _mm512_shuffle_f32x4::<0b11_01_11_01>(rows[2], rows[3]),
+            );
+            // Two apart: rows 0 and 2 in turns, or 1 and 3.
+            let v = _mm512_add_ps(_mm512_unpacklo_ps(first, last), _mm512_unpackhi_ps(first, last));
+            let v = _mm512_add_ps(v, _mm512_permute_ps::<0b00_00_11_10>(v));
+            let odd = _mm512_castps512_ps256(_mm512_shuffle_f32x4::<0b11_10_11_10>(v, v));
+            let sums = _mm256_unpacklo_ps(_mm512_castps512_ps256(v), odd);
+            std::mem::transmute::<__m256, [[f32; 4]; 2]>(sums)
+        }
+    }
     #[inline(always)]
     fn ask(at: *const u8) {
         Avx2::ask(at);
