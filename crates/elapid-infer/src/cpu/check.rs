@@ -16,7 +16,7 @@ use elapid_tensor::DType;
 
 use super::CpuEngine;
 use super::pool::Pool;
-use super::step::{LayerPlace, Scratch, Stage};
+use super::step::{LayerPlace, Scratch, Stage, Tokens};
 use super::weights::{Matrix, Progress, Weights};
 use crate::self_check::reference::{Parameters, Reference};
 use crate::{Checked, Error, Result, Rows, Trace};
@@ -100,12 +100,13 @@ impl CpuEngine {
             let place = LayerPlace { conv: conv.as_mut_ptr(), ssm: ssm.as_mut_ptr() };
             let ids = [token];
             let ids = (index == 0).then_some(ids.as_slice());
+            let tokens = Tokens { ids, count: 1, stretches: &stretches };
             for stage in Stage::ALL {
                 let frame = scratch.frame(weights, sizes);
                 pool.run(&|member| {
                     // SAFETY: every thread of the pool runs this with the same arguments; the scratch has room for
                     // a token, which is a row of the embedding; states and scratch are borrowed here alone.
-                    unsafe { frame.stage(stage, member, layer, ids, 1, &stretches, place) }
+                    unsafe { frame.stage(stage, member, layer, tokens, place) }
                 });
                 let (x, z) = (&scratch.x[..sizes.e], &scratch.z[..sizes.e]);
                 let (finite, read) = match stage {

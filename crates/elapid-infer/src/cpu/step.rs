@@ -137,6 +137,15 @@ impl Stage {
     ];
 }
 
+/// The tokens of a call, as a layer takes them.
+#[derive(Clone, Copy)]
+pub(super) struct Tokens<'a> {
+    /// For the first layer.
+    pub ids: Option<&'a [u32]>,
+    pub count: usize,
+    pub stretches: &'a [Stretch],
+}
+
 /// Where a layer's state is.
 #[derive(Clone, Copy)]
 pub(super) struct LayerPlace {
@@ -163,10 +172,9 @@ impl Frame<'_> {
         states: &[LayerPlace],
     ) {
         for (index, (layer, state)) in self.weights.layers.iter().zip(states).enumerate() {
+            let tokens = Tokens { ids: (index == 0).then_some(ids), count: ids.len(), stretches };
             // SAFETY: the caller's.
-            unsafe {
-                self.layer(member, layer, (index == 0).then_some(ids), ids.len(), stretches, *state)
-            };
+            unsafe { self.layer(member, layer, tokens, *state) };
         }
     }
 
@@ -176,9 +184,7 @@ impl Frame<'_> {
         &self,
         member: &Member<'_>,
         layer: &Layer,
-        ids: Option<&[u32]>,
-        tokens: usize,
-        stretches: &[Stretch],
+        tokens: Tokens<'_>,
         state: LayerPlace,
     ) {
         for stage in Stage::ALL {
@@ -186,7 +192,7 @@ impl Frame<'_> {
                 continue;
             }
             // SAFETY: the caller's; the stages follow each other, with meetings where threads need what others wrote.
-            unsafe { self.stage(stage, member, layer, ids, tokens, stretches, state) };
+            unsafe { self.stage(stage, member, layer, tokens, state) };
             if stage != Stage::InProj {
                 member.wait();
             }
@@ -198,18 +204,16 @@ impl Frame<'_> {
     ///
     /// # Safety
     /// As [`Frame::layers`], and the stages before must have been carried out.
-    #[allow(clippy::too_many_arguments)]
     pub(super) unsafe fn stage(
         &self,
         stage: Stage,
         member: &Member<'_>,
         layer: &Layer,
-        ids: Option<&[u32]>,
-        tokens: usize,
-        stretches: &[Stretch],
+        tokens: Tokens<'_>,
         state: LayerPlace,
     ) {
         let Sizes { d, e, .. } = self.sizes;
+        let Tokens { ids, count: tokens, stretches } = tokens;
         match stage {
             Stage::Norm => {
                 for token in member.share(tokens) {

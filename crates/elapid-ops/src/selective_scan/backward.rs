@@ -15,7 +15,7 @@ use super::arguments::{Arguments, Projection};
 use super::field::Field;
 use super::forward::scale_rates;
 use super::scratch::{Scratch, Shared, padded};
-use super::sweep::{recompute, reverse};
+use super::sweep::{Forward, Sums, recompute, reverse};
 use super::tile::{
     CHUNK, Coefficients, Tile, gather, load_channels, scatter, scatter_wide, steps_stride,
 };
@@ -294,24 +294,27 @@ impl<F: Field> BackwardUnit<'_, F> {
             }
             recompute::<S, F, NB, CLAMP, TOKEN>(
                 simd,
-                &work.delta[rows.clone()],
-                &work.delta_u[rows.clone()],
+                (&work.delta[rows.clone()], &work.delta_u[rows.clone()]),
                 x.z.is_some().then_some(&mut work.y[rows.clone()]),
                 &work.scaled_rates[part.clone()],
-                work.states,
-                work.decays,
+                (&mut *work.states, &mut *work.decays),
                 (b, c),
             );
+            let forward = Forward {
+                rates: &work.rates[part.clone()],
+                states: work.states,
+                decays: work.decays,
+                b,
+                c,
+            };
+            let sums = Sums { b: (&mut *work.sum_b, step_b), c: (&mut *work.sum_c, step_c) };
             let mut da = [F::zero(simd); NB];
             reverse::<S, F, NB, TOKEN>(
                 simd,
                 (&work.delta[rows.clone()], &work.delta_u[rows.clone()], &work.dy[rows.clone()]),
                 (&mut work.by_input[rows.clone()], &mut work.by_decay[rows]),
-                &work.rates[part.clone()],
-                (work.states, work.decays),
-                (b, c),
-                (work.sum_b, step_b),
-                (work.sum_c, step_c),
+                forward,
+                sums,
                 &mut work.carry[part.clone()],
                 &mut da,
             );

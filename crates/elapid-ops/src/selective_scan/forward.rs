@@ -14,8 +14,8 @@ use super::field::Field;
 use super::scratch::{Parts, Scratch, Shared, padded};
 use super::stage::stage;
 use super::tile::{
-    AHEAD, CHUNK, Coefficients, TOGETHER, Tile, gather, largest, load_step, load_vectors, raise,
-    scatter, steps_stride, store_vectors,
+    AHEAD, CHUNK, Coefficients, Spot, TOGETHER, Tile, gather, largest, load_step, load_vectors,
+    raise, scatter, steps_stride, store_vectors,
 };
 use crate::simd::{DECAY_RANGE, decay_constants, silu_each};
 
@@ -127,16 +127,21 @@ impl<F: Field> ForwardUnit<'_, F> {
             for v in 0..vectors {
                 let rows = v * stride..v * stride + steps * lanes;
                 let part = v * numbers * lanes..(v + 1) * numbers * lanes;
-                let rows = (&delta[rows.clone()], &delta_u[rows.clone()], &mut y[rows]);
-                let (a, h) = (&a[part.clone()], &mut h[part.clone()]);
+                let vector = Vector {
+                    delta: &delta[rows.clone()],
+                    delta_u: &delta_u[rows.clone()],
+                    y: &mut y[rows],
+                    a: &a[part.clone()],
+                    h: &mut h[part.clone()],
+                };
                 let b = if x.b.is_constant() { &b[part.clone()] } else { &[] };
                 let c = if x.c.is_constant() { &c[part] } else { &[] };
                 if x.b.is_constant() || x.c.is_constant() {
-                    blocks::<S, F, true, false>(simd, x, tile.group, start, rows, a, h, b, c);
+                    blocks::<S, F, true, false>(simd, x, (tile.group, start), vector, b, c);
                 } else if in_range {
-                    blocks::<S, F, false, true>(simd, x, tile.group, start, rows, a, h, b, c);
+                    blocks::<S, F, false, true>(simd, x, (tile.group, start), vector, b, c);
                 } else {
-                    blocks::<S, F, true, true>(simd, x, tile.group, start, rows, a, h, b, c);
+                    blocks::<S, F, true, true>(simd, x, (tile.group, start), vector, b, c);
                 }
             }
             if let Some(out) = output.y {
@@ -195,21 +200,26 @@ fn save_chunk<S: Simd, F: Field>(
     }
 }
 
-/// All blocks of states of one vector over a chunk.
+/// One vector of channels over a chunk: its rows, and rates and states, of all numbers or of a block of them.
+struct Vector<'a> {
+    delta: &'a [f32],
+    delta_u: &'a [f32],
+    y: &'a mut [f32],
+    a: &'a [f32],
+    h: &'a mut [f32],
+}
+
+/// All blocks of states of one vector over a chunk; B and C where they are constant.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
 fn blocks<S: Simd, F: Field, const CLAMP: bool, const TOKEN: bool>(
     simd: S,
     x: &Arguments<'_, f32>,
-    group: usize,
-    start: usize,
-    rows: (&[f32], &[f32], &mut [f32]),
-    a: &[f32],
-    h: &mut [f32],
+    (group, start): (usize, usize),
+    vector: Vector<'_>,
     b: &[f32],
     c: &[f32],
 ) {
-    let (delta, delta_u, y) = rows;
+    let Vector { delta, delta_u, y, a, h } = vector;
     let size = F::PARTS * S::F32_LANES;
     let steps = delta.len() / S::F32_LANES;
     let mut n = 0;
@@ -224,14 +234,11 @@ fn blocks<S: Simd, F: Field, const CLAMP: bool, const TOKEN: bool>(
         let c = Coefficients::new::<S, F>(&x.c, c, start, steps, place, (n, block));
         let a = &a[n * size..(n + block) * size];
         let h = &mut h[n * size..(n + block) * size];
+        let own = Vector { delta, delta_u, y: &mut *y, a, h };
         match block {
-            WIDE_BLOCK => scan_block::<S, F, WIDE_BLOCK, GROUP, CLAMP, TOKEN>(
-                simd, delta, delta_u, y, a, h, b, c,
-            ),
-            BLOCK => {
-                scan_block::<S, F, BLOCK, GROUP, CLAMP, TOKEN>(simd, delta, delta_u, y, a, h, b, c);
-            }
-            _ => scan_block::<S, F, 1, 1, CLAMP, TOKEN>(simd, delta, delta_u, y, a, h, b, c),
+            WIDE_BLOCK => scan_block::<S, F, WIDE_BLOCK, GROUP, CLAMP, TOKEN>(simd, own, b, c),
+            BLOCK => scan_block::<S, F, BLOCK, GROUP, CLAMP, TOKEN>(simd, own, b, c),
+            _ => scan_block::<S, F, 1, 1, CLAMP, TOKEN>(simd, own, b, c),
         }
         n += block;
     }
@@ -240,7 +247,6 @@ fn blocks<S: Simd, F: Field, const CLAMP: bool, const TOKEN: bool>(
 /// h_t = exp(Δ_t A) h_{t-1} + Δ_t u_t B_t and y_t += Re(C_t h_t) for `NB` states of one vector of channels,
 /// decays in groups of `G`.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
 fn scan_block<
     S: Simd,
     F: Field,
@@ -250,14 +256,11 @@ fn scan_block<
     const TOKEN: bool,
 >(
     simd: S,
-    delta: &[f32],
-    delta_u: &[f32],
-    y: &mut [f32],
-    a: &[f32],
-    h: &mut [f32],
+    vector: Vector<'_>,
     b: Coefficients,
     c: Coefficients,
 ) {
+    let Vector { delta, delta_u, y, a, h } = vector;
     let size = F::PARTS * S::F32_LANES;
     const { assert!(NB.is_multiple_of(G)) };
     assert!(a.len() == NB * size && h.len() == NB * size);
@@ -321,32 +324,30 @@ fn finish<S: Simd, F: Field>(
         let row = unsafe { out.part(t * x.channels + tile.first, tile.width) };
         let mut v = 0;
         while v < tile.vectors::<S>() {
-            let at = (v * stride + i * S::F32_LANES, stride);
+            let at = Spot { token: t, vector: v, start: v * stride + i * S::F32_LANES, stride };
             if tile.is_full::<S>(v, TOGETHER) {
-                finish_vectors::<S, F, TOGETHER>(simd, x, tile, t, v, at, sums, row);
+                finish_vectors::<S, F, TOGETHER>(simd, x, tile, at, sums, row);
                 v += TOGETHER;
             } else {
-                finish_vectors::<S, F, 1>(simd, x, tile, t, v, at, sums, row);
+                finish_vectors::<S, F, 1>(simd, x, tile, at, sums, row);
                 v += 1;
             }
         }
     }
 }
 
-/// [`finish`] for vectors `v..v + K` of token `t`.
+/// [`finish`] for K vectors of a token.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
 fn finish_vectors<S: Simd, F: Field, const K: usize>(
     simd: S,
     x: &Arguments<'_, f32>,
     tile: &Tile,
-    t: usize,
-    v: usize,
-    (at, stride): (usize, usize),
+    at: Spot,
     sums: &[f32],
     out: &mut [f32],
 ) {
-    let mut y = load_step::<S, K>(simd, sums, at, stride);
+    let Spot { token: t, vector: v, start, stride } = at;
+    let mut y = load_step::<S, K>(simd, sums, start, stride);
     if F::PARTS == 2 {
         for y in &mut y {
             *y = simd.mul_f32s(*y, simd.splat_f32s(F::OUTPUT));

@@ -3,7 +3,7 @@
 use pulp::Simd;
 
 use super::arguments::Arguments;
-use super::tile::{TOGETHER, Tile, largest, load_vectors, raise, steps_stride, store_step};
+use super::tile::{Spot, TOGETHER, Tile, largest, load_vectors, raise, steps_stride, store_step};
 use crate::simd::{load, softplus_each, softplus_with_derivative_each, store};
 
 /// Δ, Δu and, if `SLOPE` and there is a softplus, its derivative of `steps` steps, as `[vector][step][lane]` that
@@ -27,21 +27,13 @@ pub(super) fn stage<S: Simd, const SLOPE: bool>(
         let mut v = 0;
         while v < tile.vectors::<S>() {
             let staged = (&mut *delta, &mut *delta_u, &mut *slope);
-            let at = (v * stride + i * S::F32_LANES, stride);
+            let first = v * stride + i * S::F32_LANES;
+            let at = Spot { token: start + i, vector: v, start: first, stride };
             if tile.is_full::<S>(v, TOGETHER) {
-                stage_vectors::<S, TOGETHER, SLOPE>(
-                    simd,
-                    x,
-                    tile,
-                    start + i,
-                    v,
-                    at,
-                    staged,
-                    &mut most,
-                );
+                stage_vectors::<S, TOGETHER, SLOPE>(simd, x, tile, at, staged, &mut most);
                 v += TOGETHER;
             } else {
-                stage_vectors::<S, 1, SLOPE>(simd, x, tile, start + i, v, at, staged, &mut most);
+                stage_vectors::<S, 1, SLOPE>(simd, x, tile, at, staged, &mut most);
                 v += 1;
             }
         }
@@ -58,19 +50,17 @@ pub(super) fn stage<S: Simd, const SLOPE: bool>(
     largest(simd, most)
 }
 
-/// [`stage`] for vectors `v..v + K` of token `t`.
+/// [`stage`] for K vectors of a token.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
 fn stage_vectors<S: Simd, const K: usize, const SLOPE: bool>(
     simd: S,
     x: &Arguments<'_, f32>,
     tile: &Tile,
-    t: usize,
-    v: usize,
-    (at, stride): (usize, usize),
+    at: Spot,
     (delta, delta_u, slope): (&mut [f32], &mut [f32], &mut [f32]),
     most: &mut S::u32s,
 ) {
+    let Spot { token: t, vector: v, start: at, stride } = at;
     let mut steps = load_vectors::<S, K>(simd, tile.row(&x.delta, t), v);
     if let Some(bias) = x.delta_bias {
         let bias = load_vectors::<S, K>(simd, tile.part(bias), v);

@@ -8,7 +8,6 @@ use crate::simd::decay_constants;
 
 /// The states and decays of a chunk, `states` from h before the first step on, and y if it is wanted.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
 pub(super) fn recompute<
     S: Simd,
     F: Field,
@@ -17,12 +16,10 @@ pub(super) fn recompute<
     const TOKEN: bool,
 >(
     simd: S,
-    delta: &[f32],
-    delta_u: &[f32],
+    (delta, delta_u): (&[f32], &[f32]),
     y: Option<&mut [f32]>,
     rates: &[f32],
-    states: &mut [f32],
-    decays: &mut [f32],
+    (states, decays): (&mut [f32], &mut [f32]),
     (b, c): (Coefficients, Coefficients),
 ) {
     let size = F::PARTS * S::F32_LANES;
@@ -69,21 +66,35 @@ pub(super) fn recompute<
     }
 }
 
+/// What a block's gradients are made of besides rows.
+pub(super) struct Forward<'a> {
+    pub rates: &'a [f32],
+    /// As [`recompute`] has made them.
+    pub states: &'a [f32],
+    pub decays: &'a [f32],
+    pub b: Coefficients,
+    pub c: Coefficients,
+}
+
+/// Sums of dB and dC over channels, lane by lane: rows that are so far apart, 0 for one row in all.
+pub(super) struct Sums<'a> {
+    pub b: (&'a mut [f32], usize),
+    pub c: (&'a mut [f32], usize),
+}
+
 /// The reverse sweep over a chunk for `NB` states of one vector of channels.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
 pub(super) fn reverse<S: Simd, F: Field, const NB: usize, const TOKEN: bool>(
     simd: S,
     (delta, delta_u, dy): (&[f32], &[f32], &[f32]),
     (by_input, by_decay): (&mut [f32], &mut [f32]),
-    rates: &[f32],
-    (states, decays): (&[f32], &[f32]),
-    (b, c): (Coefficients, Coefficients),
-    (sum_b, step_b): (&mut [f32], usize),
-    (sum_c, step_c): (&mut [f32], usize),
+    forward: Forward<'_>,
+    sums: Sums<'_>,
     carry: &mut [f32],
     da: &mut [F::V<S>; NB],
 ) {
+    let Forward { rates, states, decays, b, c } = forward;
+    let Sums { b: (sum_b, step_b), c: (sum_c, step_c) } = sums;
     let size = F::PARTS * S::F32_LANES;
     let (delta, _) = S::as_simd_f32s(delta);
     let (delta_u, _) = S::as_simd_f32s(delta_u);

@@ -182,6 +182,18 @@ pub(super) const fn steps_stride<S: Simd>(steps: usize) -> usize {
     steps * S::F32_LANES + LINE
 }
 
+/// Vectors of a token, and where their step is in scratch.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Spot {
+    pub token: usize,
+    /// The first one.
+    pub vector: usize,
+    /// Of the first one in scratch.
+    pub start: usize,
+    /// From one vector to the next in scratch.
+    pub stride: usize,
+}
+
 /// The same step of `K` vectors in scratch, the first at `at`.
 #[inline(always)]
 pub(super) fn load_step<S: Simd, const K: usize>(

@@ -49,6 +49,13 @@ struct Work {
     gradients: Vec<Option<Tensor>>,
 }
 
+/// How the parameters are changed by the gradients.
+struct Change<'a> {
+    config: &'a OptimizerConfig,
+    watch: &'a mut NormWatch,
+    lr: f64,
+}
+
 /// [`super::train_step`] on a GPU.
 pub(super) fn train_step(
     model: &mut LanguageModel,
@@ -63,7 +70,7 @@ pub(super) fn train_step(
         Some(step) if Device::Cuda(step.gpu.id()) == model.device() => step,
         _ => GpuStep::new(model, optimizer)?,
     };
-    let result = step.run(model, optimizer, config, watch, batches, carried, lr);
+    let result = step.run(model, optimizer, Change { config, watch, lr }, batches, carried);
     if result.is_err() {
         // What was recorded may be of no use for whatever comes next.
         step.recorded = None;
@@ -81,17 +88,15 @@ impl GpuStep {
         Ok(Self { gpu, update, inputs: Vec::new(), recorded: None })
     }
 
-    #[allow(clippy::too_many_arguments)]
     fn run(
         &mut self,
         model: &mut LanguageModel,
         optimizer: &mut AdamW,
-        config: &OptimizerConfig,
-        watch: &mut NormWatch,
+        change: Change<'_>,
         batches: &[Batch],
         mut carried: Option<&mut Option<State>>,
-        lr: f64,
     ) -> Result<StepReport> {
+        let Change { config, watch, lr } = change;
         let predicted: usize = batches.iter().map(|batch| batch.predicted).sum();
         let tokens = batches.iter().map(|batch| batch.real_tokens).sum();
         let before = carried.as_ref().and_then(|state| (**state).clone());
