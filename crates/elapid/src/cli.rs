@@ -19,14 +19,14 @@ use crate::exit::Usage;
 
 const EXAMPLES: &str = "\
 Examples:
-  elapid quickstart                                  train a small model, see what it learnt
-  elapid train configs/bytes-small.toml              a run of your own
-  elapid doctor                                      what this machine offers
-  elapid inspect runs/first                          what a folder or file holds
-  elapid generate --model runs/first --prompt 'The ' continue a text
-  elapid pull state-spaces/mamba-130m-hf             a model from the Hugging Face hub
-  elapid eval --model runs/first --perplexity book.txt   how well it predicts
-  elapid generate --help                             all options of a command
+  elapid quickstart                                     train a small model, see what it learnt
+  elapid train configs/bytes-small.toml                 a run of your own
+  elapid doctor                                         what this machine offers
+  elapid inspect runs/first                             what a folder or file holds
+  elapid generate --model runs/first --prompt 'The '    continue a text
+  elapid pull state-spaces/mamba-130m-hf                a model from the Hugging Face hub
+  elapid eval --model runs/first --perplexity book.txt  how well it predicts
+  elapid generate --help                                all options of a command
 
 Exit codes: 0 done, 1 the work failed, 2 the call was wrong.
 Human-readable output goes to stderr, results to stdout; --json prints one object on stdout.";
@@ -192,8 +192,8 @@ pub struct ModelArgument {
 #[derive(Debug, Clone, Copy, Args)]
 pub struct WeightsArgument {
     /// Hold projections and embedding so [default: as they are stored]: on the CPU f32, bf16, f16, q8_0, q4_0, q4_k or
-    /// q6_k; on a GPU, with --dtype bf16, bf16 or q8_0 (files of q8_0 and q4_0 keep exactly their numbers in q8_0; those of
-    /// q4_k and q6_k are rounded to it)
+    /// q6_k; for decode steps on a GPU, with --dtype bf16, bf16 or q8_0 [default: floats bf16, blocks of integers q8_0,
+    /// exact for those of q8_0 and q4_0]
     #[arg(long, value_name = "TYPE", help_heading = "Machine", value_parser = encoding)]
     pub weights: Option<Encoding>,
 }

@@ -205,6 +205,21 @@ fn check_weights(weights: Option<Encoding>, placement: &Placement) -> Result<()>
     Ok(())
 }
 
+/// Refuses a type of weights for what only reads text, which on a GPU is done by the model itself.
+///
+/// # Errors
+/// If there is one, and the device is a GPU.
+pub fn check_reading(weights: Option<Encoding>, placement: &Placement) -> Result<(), Usage> {
+    match weights {
+        Some(_) if placement.device != Device::Cpu => Err(Usage::new(format!(
+            "--weights: on {} text is read in the type of --dtype; only the decode steps of generate hold weights \
+             of their own (--device cpu takes every type)",
+            placement.device
+        ))),
+        _ => Ok(()),
+    }
+}
+
 /// Refuses a type of the recurrent state where no decode steps keep one.
 ///
 /// # Errors

@@ -53,7 +53,7 @@ impl TextOf {
         self.tokenizer.as_ref().ok_or_else(|| {
             Usage::new(format!(
                 "{} has a vocabulary of {} tokens and no tokenizer (looked for: {LOOKED_FOR}): give one with \
-                 --tokenizer FILE, or token ids with --tokens 1,2,3",
+                 --tokenizer FILE; elapid generate also takes token ids, with --tokens 1,2,3",
                 self.model.display(),
                 self.tokens
             ))

@@ -46,6 +46,7 @@ fn types_and_refusals() {
     let report = program.run(&["inspect", "half.npz", "--json"]).json();
     assert_eq!(report["files"][0]["dtypes"].as_object().unwrap().keys().next().unwrap(), "F16");
     program.run(&["convert", "model", "x", "--dtype", "f64"]).fails(2, &["f64", "f16"]);
+    program.run(&["convert", "model", "x", "--dtype", "q8_0"]).fails(2, &["q8_0", "quantize"]);
     program.run(&["convert", "model", "x", "--to", "onnx"]).fails(2, &["onnx"]);
     program.run(&["convert", "none", "x"]).fails(1, &["none"]);
     program

@@ -407,4 +407,17 @@ fn on_a_gpu_blocks_of_a_file_stay_blocks() {
         assert_eq!(report["dtype"], weights);
     }
     run("q4_k.gguf", &on_gpu, &["--weights", "q4_k"]).fails(2, &["q4_k", "bf16 or q8_0"]);
+    // What only reads text has no decode steps.
+    program.write("book.txt", "The snake");
+    program.write("ids.json", "[84, 104]");
+    for command in [
+        "eval --model q8_0.gguf --perplexity book.txt --weights q8_0",
+        "forward --model q8_0.gguf --tokens ids.json --out out.safetensors --weights q8_0",
+    ] {
+        let call: Vec<&str> = command.split(' ').chain(on_gpu).collect();
+        program.run(&call).fails(2, &["--weights", "generate", "--device cpu"]);
+        let without: Vec<&str> =
+            call.into_iter().filter(|a| !["--weights", "q8_0"].contains(a)).collect();
+        program.run(&without).ok();
+    }
 }

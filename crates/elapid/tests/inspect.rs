@@ -40,8 +40,16 @@ fn state_files_and_other_files() {
     let expected = golden().join("expected.safetensors");
     let text = program.run(&["inspect", expected.to_str().unwrap(), "--tensors"]).ok();
     assert!(text.contains("safetensors file") && text.contains("grad.backbone"), "{text}");
+    program.run(&["convert", "model", "model.gguf"]).ok();
+    let text = program.run(&["inspect", "model.gguf"]).ok();
+    assert!(text.contains("GGUF, names of the llama.cpp layout"), "{text}");
     program.write("junk", "this is no tensor file");
-    program.run(&["inspect", "junk"]).fails(1, &["junk", "safetensors"]);
+    for call in [&["inspect"][..], &["generate", "--tokens", "1", "--model"]] {
+        let known = ["junk", "safetensors", "PyTorch", ".npz", "GGUF"];
+        program.run(&[call, &["junk"]].concat()).fails(1, &known);
+    }
+    program.write("junk.safetensors", "this is no tensor file");
+    program.run(&["inspect", "junk.safetensors"]).fails(1, &["junk.safetensors", "header"]);
     program.run(&["inspect", "none"]).fails(1, &["none"]);
 }
 

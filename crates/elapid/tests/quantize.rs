@@ -40,6 +40,12 @@ fn wrong_calls_name_what_is_wrong() {
     program.run(&["quantize", "model", "x.gguf", "--type", "f16"]).fails(2, &["f16", "convert"]);
     program.run(&["quantize", "model", "x.gguf", "--type", "q3"]).fails(2, &["q3", "q4_k"]);
     program.run(&["quantize", "model", "x.gguf"]).fails(2, &["--type"]);
+    let golden = program::golden().join("hf");
+    let report =
+        ["quantize", golden.to_str().unwrap(), "x.gguf", "--type", "q8_0", "--report", "r"];
+    program.run(&report).fails(2, &["no tokenizer", "--tokenizer"]);
+    let given = [&report[..], &["--tokenizer", "missing.json"]].concat();
+    program.run(&given).fails(1, &["missing.json"]);
     program.run(&["quantize", "none", "x.gguf", "--type", "q8_0"]).fails(1, &["none"]);
     let empty = ["quantize", "model", "x.gguf", "--type", "q8_0", "--report", "r.json"];
     program.write("empty.txt", "");

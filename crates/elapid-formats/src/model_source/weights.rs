@@ -252,6 +252,12 @@ fn read_file(path: &Path, bytes: Bytes) -> Result<(Format, Contents)> {
     if pytorch::is_legacy(&bytes) {
         return Ok((Format::PyTorch, pytorch::read_legacy(path, &bytes)?));
     }
+    let named = path.extension().is_some_and(|extension| extension == "safetensors");
+    if !named && !TensorFile::may_be(&bytes) {
+        let message =
+            "is no file of weights of a known format: safetensors, PyTorch, NumPy's .npz or GGUF";
+        return Err(Error::format(path, message));
+    }
     Ok((Format::Safetensors, read_safetensors(TensorFile::of_bytes(path, bytes)?)?))
 }
 

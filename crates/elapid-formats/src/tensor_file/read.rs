@@ -70,6 +70,11 @@ impl TensorFile {
         Ok(Self { path: path.into(), map, data_start, metadata })
     }
 
+    /// True if a header may begin as these bytes do: its length, and a JSON object.
+    pub fn may_be(bytes: &[u8]) -> bool {
+        bytes.get(8) == Some(&b'{')
+    }
+
     /// The file.
     pub fn path(&self) -> &Path {
         &self.path

@@ -31,7 +31,7 @@ Examples:
 
 Without --device, or with auto, the CPU is measured. On a GPU models compute in bf16 unless --dtype says f32.
 
-A share is what the work must move or compute at least, over what the machine moves or computes at most in
+A share is what the work must move or compute at least, over what the machine moves or computes at most in \
 that time. Let nothing else run meanwhile. The table goes to stderr.";
 
 /// Arguments of `elapid bench`.

@@ -23,8 +23,9 @@ Examples:
   elapid convert mamba-130m-hf mamba.gguf               for llama.cpp
   elapid convert mamba-130m-hf half --dtype bf16        rounded to nearest
 
-SRC is what --model takes: a folder or a file of any format. Bits stay where the element type stays; GGUF
-files keep -exp(A_log), and everything but projections and embedding in f32.
+SRC is what --model takes: a folder or a file of any format. Bits stay where the element type stays; GGUF \
+files keep -exp(A_log), and everything but projections and embedding in f32. From blocks of integers \
+to other formats their values are written, in f32; elapid quantize makes blocks.
 The tokenizer's files come along into a folder.";
 
 /// Arguments of `elapid convert`.
@@ -138,8 +139,8 @@ fn size(path: &Path) -> Result<u64> {
 }
 
 fn dtype(text: &str) -> Result<DType, String> {
-    match text.parse::<DType>().map_err(|error| error.to_string())? {
-        dtype @ (DType::F32 | DType::BF16 | DType::F16) => Ok(dtype),
-        other => Err(format!("weights are written as f32, bf16 or f16, not {other}")),
+    match text.parse::<DType>() {
+        Ok(dtype @ (DType::F32 | DType::BF16 | DType::F16)) => Ok(dtype),
+        _ => Err("expected f32, bf16 or f16; elapid quantize writes blocks of integers".into()),
     }
 }

@@ -14,7 +14,7 @@ use crate::cli::{Global, JsonArgument, ModelArgument, WeightsArgument};
 use crate::exit::Usage;
 use crate::output::{Table, grouped, print_json, rate};
 use crate::progress::{Bar, Unit};
-use crate::ready_model::ReadyModel;
+use crate::ready_model::{ReadyModel, check_reading};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -24,9 +24,9 @@ Examples:
   elapid eval --model runs/first --perplexity stories.bin --nul
   elapid eval --model mamba-130m-hf --weights q4_k --perplexity book.txt   what fewer bits cost
 
-A window of N tokens starts from nothing and moves by M; each token is predicted once, from at least
-N-M+1 tokens (fewer at the beginning of a document). --carry-state predicts it from all tokens before
-it in its document. Bits per byte and word perplexity (words as `wc -w` counts them) do not depend on
+A window of N tokens starts from nothing and moves by M; each token is predicted once, from at least \
+N-M+1 tokens (fewer at the beginning of a document). --carry-state predicts it from all tokens before \
+it in its document. Bits per byte and word perplexity (words as `wc -w` counts them) do not depend on \
 the tokenizer. Each file is a document; folders, globs, .gz and .zst files are read too.";
 
 /// Arguments of `elapid eval`.
@@ -94,6 +94,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     };
     let texts = Documents::load(&source)?;
     let weights = arguments.weights.weights;
+    check_reading(weights, &placement)?;
     let (path, tokenizer) = (&arguments.model.model, arguments.tokenizer.as_deref());
     let (mut ready, text_of) = ReadyModel::open_with_text(path, &placement, weights, tokenizer)?;
     let tokenizer = text_of.tokenizer()?;

@@ -17,7 +17,7 @@ use serde_json::{Map, Value, json};
 use crate::cli::{Global, JsonArgument, ModelArgument, WeightsArgument};
 use crate::exit::Usage;
 use crate::output::{grouped, print_json, rate};
-use crate::ready_model::ReadyModel;
+use crate::ready_model::{ReadyModel, check_reading};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -27,8 +27,8 @@ Examples:
   elapid forward --model mamba-130m-hf --weights q4_k --tokens ids.json --out q4.safetensors
 
 FILE.json is an array of token ids, or an array of such arrays for several sequences.
-The output has logits [T, V] (f32; all tokens of all sequences end to end, padding rows of the
-vocabulary included) and the states after each sequence: layers.{i}.conv_state [S, E, W-1], oldest
+The output has logits [T, V] (f32; all tokens of all sequences end to end, padding rows of the \
+vocabulary included) and the states after each sequence: layers.{i}.conv_state [S, E, W-1], oldest \
 first, and layers.{i}.ssm_state [S, E, N].";
 
 /// Arguments of `elapid forward`.
@@ -71,6 +71,7 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     let placement = global.placement()?;
     let sequences = read_tokens(&arguments.tokens)?;
     let weights = arguments.weights.weights;
+    check_reading(weights, &placement)?;
     let mut ready = ReadyModel::open(&arguments.model.model, &placement, weights)?;
     let fingerprint = match (&arguments.state_in, &arguments.state_out) {
         (None, None) => None,

@@ -17,7 +17,7 @@ Examples:
   elapid inspect mamba-130m-hf --tensors
   elapid inspect chapter.state --json
 
-PATH is a model folder or file of any format, a checkpoint, a run's folder, a state file, any
+PATH is a model folder or file of any format, a checkpoint, a run's folder, a state file, any \
 safetensors file, or OWNER/NAME on the Hugging Face hub.
 The report goes to stdout. Weights are not loaded; --json has every tensor.";
 

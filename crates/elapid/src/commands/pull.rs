@@ -21,10 +21,10 @@ Examples:
   elapid pull EleutherAI/gpt-neox-20b --tokenizer-only
   elapid generate --model state-spaces/mamba-130m-hf --prompt 'Mamba is the'   pulls what is missing
 
-Takes the configuration, the weights (safetensors, else .bin; shards by their index; else the one .gguf) and
-the tokenizer, and prints where they are, which --model takes too. A download that broke off goes on where it
+Takes the configuration, the weights (safetensors, else .bin; shards by their index; else the one .gguf) and \
+the tokenizer, and prints where they are, which --model takes too. A download that broke off goes on where it \
 stopped. The cache is that of the hub's other clients: HF_HUB_CACHE, HF_HOME/hub or ~/.cache/huggingface/hub.
-A token for private and gated models is taken from HF_TOKEN, HF_TOKEN_PATH or HF_HOME/token; HF_ENDPOINT is
+A token for private and gated models is taken from HF_TOKEN, HF_TOKEN_PATH or HF_HOME/token; HF_ENDPOINT is \
 another address of the hub; HF_HUB_OFFLINE=1 is --offline.";
 
 /// Arguments of `elapid pull`.

@@ -28,9 +28,9 @@ Examples:
   elapid quantize mamba-130m-hf mamba-130m-q4.gguf --type q4_k --embedding q6_k
   elapid quantize runs/first first-q4.gguf --type q4_0 --report report.json --text book.txt
 
-Quantised are the embedding, the head and the projections (in, x, out). Convolution, Δ, A, D, biases and
+Quantised are the embedding, the head and the projections (in, x, out). Convolution, Δ, A, D, biases and \
 norms stay f32. Rows that are no whole number of blocks get q8_0, or f16, and are listed.
---report runs original and quantised model over the same text: perplexity of both, and the divergence of
+--report runs original and quantised model over the same text: perplexity of both, and the divergence of \
 their predictions (Kullback-Leibler, in nats).";
 
 /// Arguments of `elapid quantize`.
@@ -55,6 +55,9 @@ pub struct Arguments {
     /// Text to compare on: a file, folder or glob (repeatable) [default: text found on this machine]
     #[arg(long, value_name = "FILE", requires = "report")]
     text: Vec<PathBuf>,
+    /// tokenizer.json, a folder with one, or OWNER/NAME on the hub, instead of the model's own
+    #[arg(long, value_name = "PATH", requires = "report")]
+    tokenizer: Option<PathBuf>,
     /// Tokens of the text to compare on, at most
     #[arg(long, value_name = "N", default_value = "16384", requires = "report", value_parser = clap::value_parser!(u64).range(2..))]
     tokens: u64,
@@ -148,7 +151,7 @@ struct Text {
 
 impl Text {
     fn read(arguments: &Arguments, from: &Path, source: &ModelSource) -> Result<Self> {
-        let text_of = TextOf::model(from, source.config(), None)?;
+        let text_of = TextOf::model(from, source.config(), arguments.tokenizer.as_deref())?;
         let tokenizer = text_of.tokenizer()?;
         let (found, all) = if arguments.text.is_empty() {
             // A token is seldom more than eight bytes.

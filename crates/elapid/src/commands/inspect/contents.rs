@@ -138,9 +138,10 @@ fn model(weights: &Weights) -> Result<Model> {
     Ok(Model {
         architecture: if config.mixer_rms_eps.is_some() { "falcon_mamba" } else { "mamba" },
         format: weights.format.to_string(),
-        layout: match weights.layout {
-            Layout::HuggingFace => "hf",
-            Layout::Original => "original",
+        layout: match (weights.format, weights.layout) {
+            (Format::Gguf, _) => "llama.cpp",
+            (_, Layout::HuggingFace) => "hf",
+            (_, Layout::Original) => "original",
         },
         parameters: config.parameter_count(),
         vocabulary_rows: config.padded_vocab_size(),
@@ -239,9 +240,7 @@ fn describe(path: &Path) -> Result<File> {
             let metadata = metadata.map(|(key, value)| (key.clone(), value.to_string()));
             (Format::Gguf, metadata.collect())
         }
-        Err(error) if [&b"PK"[..], b"\x80"].iter().any(|start| bytes.starts_with(start)) => {
-            return Err(error.into());
-        }
+        Err(error) if !TensorFile::may_be(&bytes) => return Err(error.into()),
         // Tensors of every type, not only weights.
         _ => {
             let file = TensorFile::of_bytes(path, bytes)?;
