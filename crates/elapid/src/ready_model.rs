@@ -40,6 +40,7 @@ enum Engine {
         /// How they keep the weights; none: as they are stored.
         weights: Option<decode_step::Encoding>,
         state: DType,
+        check: bool,
     },
 }
 
@@ -94,7 +95,8 @@ impl ReadyModel {
             let mut model = Box::new(source.load()?);
             placement.place(&mut model)?;
             let weights = weights.map(on_gpu).transpose().map_err(anyhow::Error::msg)?;
-            Engine::Gpu { model, decodes: weights.is_some(), weights, state: DType::F32 }
+            let (decodes, check) = (weights.is_some(), placement.self_check);
+            Engine::Gpu { model, decodes, weights, state: DType::F32, check }
         };
         Ok(Self { engine, source, folder })
     }
@@ -160,9 +162,13 @@ impl ReadyModel {
         match &mut self.engine {
             Engine::Cpu(engine) => run(&mut **engine),
             Engine::Gpu { model, decodes: false, .. } => run(&mut ModelRunner::new(model)),
-            Engine::Gpu { model, weights, state, .. } => {
+            Engine::Gpu { model, weights, state, check, .. } => {
                 let engine = GpuEngine::of_source(model, &self.source, *weights)?;
-                run(&mut engine.with_state(*state)?)
+                let mut engine = engine.with_state(*state)?;
+                if *check {
+                    engine.check().context("the model's decode steps cannot be trusted")?;
+                }
+                run(&mut engine)
             }
         }
     }

@@ -382,7 +382,7 @@ fn on_a_gpu_blocks_of_a_file_stay_blocks() {
     write("model", "q8_0.gguf", &["--type", "q8_0"]);
     write("model", "q4_0.gguf", &["--type", "q4_0", "--embedding", "f16"]);
     write("wide", "q4_k.gguf", &["--type", "q4_k", "--embedding", "q6_k"]);
-    let on_gpu = ["--device", "cuda:emulated", "--dtype", "bf16", "--no-self-check"];
+    let on_gpu = ["--device", "cuda:emulated", "--dtype", "bf16"];
     let on_cpu = ["--device", "cpu"];
     let run = |model: &str, device: &[&str], more: &[&str]| {
         let call = ["generate", "--model", model, "--prompt", "The ", "-n", "4", "--json"];

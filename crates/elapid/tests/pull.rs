@@ -65,6 +65,18 @@ fn a_pulled_model_is_used_by_its_name_and_by_its_path() {
     assert_eq!(generate(&path), text);
     place.run(&["doctor", "--model", NAME, "--offline"]).ok();
     place.run(&["inspect", NAME]).ok();
+    // Every command that takes a model takes its name.
+    place.program.write("text.txt", "The snake");
+    place.program.write("ids.json", "[1, 2]");
+    for call in [
+        "eval --model {} --perplexity text.txt",
+        "forward --model {} --tokens ids.json --out logits.safetensors",
+        "convert {} model.npz",
+        "quantize {} model.gguf --type q8_0",
+    ] {
+        let call = call.replace("{}", NAME);
+        place.run(&call.split(' ').collect::<Vec<_>>()).ok();
+    }
     assert!(place.server.seen().is_empty());
 }
 

@@ -10,6 +10,7 @@
 //! The engine keeps the state of its last step where it is and changes it there. A caller who goes on from that state
 //! pays nothing for it; one who kept a copy, or comes with another state, pays one copy.
 
+mod check;
 mod choosing;
 mod generate;
 mod in_order;

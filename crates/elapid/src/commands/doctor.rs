@@ -7,8 +7,8 @@ mod self_check;
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
-use elapid_infer::{Checked, CpuEngine, Loading, ModelRunner, Rows, SelfCheck, forward};
-use elapid_tensor::Device;
+use elapid_infer::{Checked, CpuEngine, GpuEngine, Loading, ModelRunner, Rows, SelfCheck, forward};
+use elapid_tensor::{DType, Device};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -104,7 +104,12 @@ fn check_model(path: &Path, placement: &Placement) -> Result<Model> {
     model.place(placement.device, placement.dtype)?;
     let outcome = check.check(&mut model, Rows::All).and_then(|of_model| {
         if placement.device != Device::Cpu {
-            return Ok(of_model);
+            let decodes = placement.dtype == DType::BF16;
+            let values = match decodes {
+                true => GpuEngine::of_source(&mut model, &source, None)?.check()?,
+                false => 0,
+            };
+            return Ok(Checked { values: of_model.values + values, ..of_model });
         }
         // What generates here, with the weights as the file has them.
         let (encoding, threads) = (None, rayon::current_num_threads());

@@ -44,8 +44,8 @@ Examples:
 Text needs a tokenizer: the model's tokenizer.json or GGUF vocabulary, or the one of --tokenizer; a \
 model of 256 tokens reads and writes bytes. Without one, --tokens gives ids and ids are printed.
 A text ends at the model's end-of-sequence token (generation_config.json, config.json, tokenizer).
---prompts: a prompt a line, or (.jsonl, --jsonl) an object a line with \"prompt\" or \"tokens\", and as it \
-likes max_tokens, stop, id, seed, temperature, top_k, top_p, min_p, repetition_penalty and \
+--prompts: a prompt a line, or (.jsonl, --jsonl) an object a line with \"prompt\" or \"tokens\" and, \
+where they are not those of the options, max_tokens, stop, id, seed, temperature, top_k, top_p, min_p, repetition_penalty and \
 repetition_window. Each gets what it would get alone with its index (or id) among the draws' keys; \
 its line of JSON is printed as soon as it has ended.
 Sampling: repetition penalty, temperature, top-k, top-p, min-p, in this order.";

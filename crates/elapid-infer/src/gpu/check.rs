@@ -1,0 +1,141 @@
+//! Whether decode steps compute what the model does, which has been checked against the reference: a few tokens, one by
+//! one, against the same tokens read at once. The packed weights and the kernels of steps are seen through the states that
+//! they leave in each layer, first to last, and the logits.
+
+use std::ops::ControlFlow;
+
+use elapid_models::State;
+use elapid_tensor::{DType, Device, Sequence, Sequences};
+
+use super::GpuEngine;
+use crate::{Error, Logits, ModelRunner, Result, Runner};
+
+/// What rounding of weights and activations explains, as a share of the norm of what is expected: several times what deep
+/// models show. Values of a wrong kernel or of other weights are off by about all of it.
+const TOLERANCE: f64 = 0.25;
+
+impl GpuEngine<'_> {
+    /// Compares decode steps with the model; returns how many values were compared. Steps that were made before are
+    /// forgotten.
+    ///
+    /// # Errors
+    /// [`Error::SelfCheck`] with the first layer whose steps are wrong, or if the GPU fails.
+    pub fn check(&mut self) -> Result<usize> {
+        let last = self.model.config().vocab_size.saturating_sub(1);
+        // So many that each tap of the convolution reads one.
+        let count = self.model.config().d_conv.max(2);
+        let ids: Vec<u32> =
+            (0..count).map(|i| u32::try_from(last / (i + 2)).unwrap_or(0)).collect();
+        let mut logits = Vec::new();
+        let mut receive = |given: Logits<'_>| {
+            logits = given.values.to_vec();
+            ControlFlow::Continue(())
+        };
+        let at_once = Sequences::fresh(&[count]);
+        let mut model = ModelRunner::new(self.model);
+        let expected = model.run(&ids, &at_once, None, &[count - 1], &mut receive)?;
+
+        let (mut state, mut own) = (self.fresh_state(1)?, Vec::new());
+        for (position, id) in ids.iter().enumerate() {
+            let position = position as u64;
+            let one = Sequence { start: 0, len: 1, slot: 0, continued: true, position, id: 0 };
+            (own, state) = self.logits(std::slice::from_ref(id), &[one], state)?;
+        }
+        self.steps = None;
+        let wide =
+            |values: &[f32]| values.iter().map(|&value| f64::from(value)).collect::<Vec<_>>();
+        let compared = same_states(&state, &expected)?;
+        same("logits", "the last token", &wide(&own), &wide(&logits))?;
+        Ok(compared + own.len())
+    }
+}
+
+fn same_states(found: &State, expected: &State) -> Result<usize> {
+    let mut compared = 0;
+    for (index, (found, expected)) in found.layers.iter().zip(&expected.layers).enumerate() {
+        // The convolution's comes before the scan's.
+        for name in ["conv_state", "ssm_state"] {
+            let (Some(found), Some(expected)) = (found.get(name), expected.get(name)) else {
+                continue;
+            };
+            let [found, expected] = [found, expected].map(|tensor| {
+                let tensor = tensor.cast(DType::F32).and_then(|tensor| tensor.to(Device::Cpu));
+                tensor.and_then(|tensor| tensor.to_f64_vec())
+            });
+            let (found, expected) = (found?, expected?);
+            same(&format!("backbone.layers.{index}.mixer"), name, &found, &expected)?;
+            compared += found.len();
+        }
+    }
+    Ok(compared)
+}
+
+fn same(tensor: &str, what: &str, found: &[f64], expected: &[f64]) -> Result<()> {
+    let off = |(found, expected): (&f64, &f64)| (found - expected).powi(2);
+    let difference = found.iter().zip(expected).map(off).sum::<f64>().sqrt();
+    let norm = expected.iter().map(|value| value * value).sum::<f64>().sqrt();
+    // Also if one of them is no number.
+    let near = difference <= TOLERANCE * norm;
+    if near && found.len() == expected.len() {
+        return Ok(());
+    }
+    let worst = found.iter().zip(expected).enumerate().max_by(|(_, a), (_, b)| {
+        let [a, b] = [a, b].map(|pair| off((pair.0, pair.1)));
+        // What is no number is the worst.
+        a.is_nan().cmp(&b.is_nan()).then(a.total_cmp(&b))
+    });
+    let (at, found, expected) = worst.map_or((0, 0.0, 0.0), |(at, (f, e))| (at, *f, *e));
+    let place = format!("{what} of decode steps, index {at}");
+    Err(Error::SelfCheck { tensor: tensor.into(), place, expected, found })
+}
+
+#[cfg(test)]
+mod tests {
+    use elapid_models::{LanguageModel, MambaConfig, NormKind};
+    use elapid_ops::decode_step::{Encoding, Packed, Source};
+    use elapid_tensor::cuda::Gpu;
+
+    use super::*;
+
+    #[test]
+    fn sound_steps_pass_and_those_of_other_weights_are_found() {
+        let gpu = match Gpu::emulated() {
+            Ok(gpu) => gpu,
+            Err(error) => {
+                eprintln!("SKIPPED: the check of decode steps on the emulation: {error}");
+                return;
+            }
+        };
+        let bytes = MambaConfig::bytes(32, 3);
+        let layer_norm = MambaConfig { norm: NormKind::Layer, bias: true, ..bytes.clone() };
+        let normed = MambaConfig { mixer_rms_eps: Some(1e-6), ..bytes.clone() };
+        for (config, encoding, state) in [
+            (&bytes, Encoding::Bf16, DType::F32),
+            (&bytes, Encoding::Q8, DType::BF16),
+            (&layer_norm, Encoding::Q8, DType::F32),
+            (&normed, Encoding::Bf16, DType::F32),
+        ] {
+            let mut model = LanguageModel::new(config, 7).unwrap();
+            model.place(Device::Cuda(gpu.id()), DType::BF16).unwrap();
+            let engine = GpuEngine::new(&mut model, encoding).unwrap();
+            let mut engine = engine.with_state(state).unwrap();
+            assert!(engine.check().unwrap() > 3 * 64 * (3 + 16));
+            // W_x of the second layer, and the head, as they would be damaged.
+            let other = |rows: usize, terms: usize, value: f32| {
+                let values = gpu.upload(&vec![value; rows * terms]).unwrap();
+                let from = Source::F32(values.slice());
+                Packed::new(&gpu, from, (rows, terms), rows, encoding).unwrap()
+            };
+            let own =
+                std::mem::replace(&mut engine.weights.layers[1].selection, other(34, 64, 0.1));
+            let error = engine.check().unwrap_err().to_string();
+            let words = ["self-check", "backbone.layers.1.mixer", "ssm_state of decode steps"];
+            assert!(words.iter().all(|word| error.contains(word)), "{error}");
+            engine.weights.layers[1].selection = own;
+            engine.check().unwrap();
+            engine.weights.head = Some(other(256, 32, f32::NAN));
+            let error = engine.check().unwrap_err().to_string();
+            assert!(error.contains("logits is wrong"), "{error}");
+        }
+    }
+}
