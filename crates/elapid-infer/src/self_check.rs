@@ -9,12 +9,13 @@ pub(crate) mod reference;
 
 use std::collections::BTreeMap;
 
+use elapid_formats::ModelSource;
 use elapid_models::{Context, LanguageModel, MambaConfig};
 use elapid_tensor::autograd::no_grad;
 use elapid_tensor::{DType, Device, Sequences, Tensor};
 
 use crate::{Error, Result};
-use reference::Reference;
+use reference::{Parameters, Reference};
 
 /// How much is looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,27 +57,34 @@ pub struct Checked {
     pub worst: f64,
 }
 
-/// The weights as they were read, against which a model is checked later. They share the model's memory
+/// The weights as they were read, against which a model is checked later. Those of a model share its memory
 /// until it is moved or changed.
-pub struct SelfCheck {
+pub struct SelfCheck<'a> {
     config: MambaConfig,
-    weights: BTreeMap<String, Tensor>,
+    weights: Box<dyn Parameters + 'a>,
 }
 
-impl SelfCheck {
+impl SelfCheck<'static> {
     /// Takes note of the weights of a model on the host.
     ///
     /// # Errors
     /// If they are somewhere else.
     pub fn of(model: &mut LanguageModel) -> Result<Self> {
-        let mut weights = BTreeMap::new();
+        let mut weights: BTreeMap<String, Tensor> = BTreeMap::new();
         model.visit(&mut |parameter| {
             // Somewhere else they could not be read.
             parameter.tensor.data::<f32>()?;
             weights.insert(parameter.name, parameter.tensor.detach());
             Ok(())
         })?;
-        Ok(Self { config: model.config().clone(), weights })
+        Ok(Self { config: model.config().clone(), weights: Box::new(weights) })
+    }
+}
+
+impl<'a> SelfCheck<'a> {
+    /// The weights of a model's files, of which only what is looked at is read.
+    pub fn of_source(source: &'a ModelSource) -> Self {
+        Self { config: source.config().clone(), weights: Box::new(source) }
     }
 
     /// Runs a few tokens through the model where it is now, and compares.
@@ -130,7 +138,7 @@ impl SelfCheck {
     /// # Errors
     /// [`Error::SelfCheck`] with the first tensor that is wrong.
     pub fn compare(&self, trace: &Trace, compute: DType, rows: Rows) -> Result<Checked> {
-        let mut reference = Reference::new(&self.config, &self.weights, trace, compute, rows);
+        let mut reference = Reference::new(&self.config, &*self.weights, trace, compute, rows);
         reference.run(&self.tokens())?;
         Ok(reference.checked)
     }
@@ -145,14 +153,13 @@ impl SelfCheck {
                 return Ok(());
             }
             let now = parameter.tensor.to(Device::Cpu)?;
-            let same = self.weights.get(&parameter.name).is_some_and(|read| {
-                match (now.data::<f32>(), read.data::<f32>()) {
-                    (Ok(now), Ok(read)) => {
-                        now.iter().zip(read).all(|(a, b)| a.to_bits() == b.to_bits())
-                    }
-                    _ => false,
+            let count = self.weights.elements(&parameter.name).unwrap_or(0);
+            let same = match (now.data::<f32>(), self.weights.read(&parameter.name, 0..count)) {
+                (Ok(now), Ok(read)) => {
+                    now.iter().zip(&*read).all(|(a, b)| a.to_bits() == b.to_bits())
                 }
-            });
+                _ => false,
+            };
             if !same {
                 found = Some(parameter.name);
             }

@@ -1,10 +1,13 @@
 //! The check of a model where it runs: sound models pass, damaged weights and wrong kernels are named.
 
+use std::path::Path;
 use std::time::Instant;
 
+use elapid_formats::ModelSource;
 use elapid_infer::{Error, Rows, SelfCheck};
 use elapid_models::{LanguageModel, MambaConfig, NormKind};
-use elapid_tensor::{DType, Tensor};
+use elapid_tensor::cuda::Gpu;
+use elapid_tensor::{DType, Device, Tensor};
 
 /// Random small models with and without biases, tied or not, with either norm, with norms inside the mixer.
 fn models() -> Vec<LanguageModel> {
@@ -136,4 +139,59 @@ fn the_check_is_a_small_part_of_loading() {
     println!("made in {made:?}, checked in {checked:?}");
     // Loose, as machines are busy: it does not even take as long as drawing the weights.
     assert!(checked < made, "{checked:?} for a model that took {made:?}");
+}
+
+#[test]
+fn models_on_a_gpu_are_checked_against_their_files() {
+    let gpu = match Gpu::emulated() {
+        Ok(gpu) => gpu,
+        Err(error) => {
+            eprintln!("SKIPPED: models against their files on the emulated GPU: {error}");
+            return;
+        }
+    };
+    let device = Device::Cuda(gpu.id());
+    for folder in ["mamba1/original", "mamba1/hf_bf16", "falcon_mamba/hf"] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../elapid-formats/tests/fixtures/golden")
+            .join(folder);
+        let source = ModelSource::open(&path).unwrap();
+        let (mut model, mut host) = (source.load_on(device).unwrap(), source.load().unwrap());
+        // What goes there one by one is what a whole model becomes.
+        let mut expected = Vec::new();
+        host.visit(&mut |parameter| {
+            expected.push((parameter.name, parameter.tensor.to_vec::<f32>()?));
+            Ok(())
+        })
+        .unwrap();
+        let mut expected = expected.into_iter();
+        model
+            .visit(&mut |parameter| {
+                assert_eq!(parameter.tensor.device(), device);
+                let own = parameter.tensor.to_vec::<f32>()?;
+                assert_eq!(Some((parameter.name, own)), expected.next());
+                Ok(())
+            })
+            .unwrap();
+        let check = SelfCheck::of_source(&source);
+        let all = check.check(&mut model, Rows::All).unwrap();
+        let of_host = SelfCheck::of(&mut host).unwrap().check(&mut host, Rows::All).unwrap();
+        assert_eq!(all.values, of_host.values);
+        let name = "backbone.layers.1.mixer.x_proj.weight";
+        model
+            .visit(&mut |parameter| {
+                if parameter.name == name {
+                    let mut values = parameter.tensor.to_vec::<f32>()?;
+                    values[5] += 3.0;
+                    let changed = Tensor::from_slice(&values, parameter.tensor.shape())?;
+                    *parameter.tensor = changed.to(device)?;
+                }
+                Ok(())
+            })
+            .unwrap();
+        match check.check(&mut model, Rows::All) {
+            Err(Error::SelfCheck { tensor, .. }) => assert_eq!(tensor, name),
+            other => panic!("{folder}: {other:?}"),
+        }
+    }
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
+use elapid_formats::ModelSource;
 use elapid_infer::{Rows, SelfCheck};
 use elapid_models::LanguageModel;
 use elapid_ops::blocks::Encoding;
@@ -124,19 +125,19 @@ impl Global {
 }
 
 impl Placement {
-    /// Moves a model there, and compares what it computes with the reference.
+    /// Loads a model there, and compares what it computes with the reference.
     ///
     /// # Errors
-    /// If the device is full or fails, or a kernel or weight is wrong there.
-    pub fn place(&self, model: &mut LanguageModel) -> anyhow::Result<()> {
-        let check = self.self_check.then(|| SelfCheck::of(model)).transpose()?;
+    /// If a weight is no number, the device is full or fails, or a kernel or weight is wrong there.
+    pub fn load(&self, source: &ModelSource) -> anyhow::Result<LanguageModel> {
+        let mut model = source.load_on(self.device)?;
         model.place(self.device, self.dtype)?;
-        if let Some(check) = check {
-            check
-                .check(model, Rows::AT_LOAD)
+        if self.self_check {
+            SelfCheck::of_source(source)
+                .check(&mut model, Rows::AT_LOAD)
                 .with_context(|| format!("the model cannot be trusted on {}", self.device))?;
         }
-        Ok(())
+        Ok(model)
     }
 }
 

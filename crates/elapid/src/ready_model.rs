@@ -92,8 +92,7 @@ impl ReadyModel {
                 .with_context(|| format!("cannot use the model {}", folder.display()))?;
             Engine::Cpu(Box::new(engine))
         } else {
-            let mut model = Box::new(source.load()?);
-            placement.place(&mut model)?;
+            let model = Box::new(placement.load(&source)?);
             let weights = weights.map(on_gpu).transpose().map_err(anyhow::Error::msg)?;
             let (decodes, check) = (weights.is_some(), placement.self_check);
             Engine::Gpu { model, decodes, weights, state: DType::F32, check }

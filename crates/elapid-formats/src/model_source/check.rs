@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use elapid_models::{Kind, LanguageModel, MambaConfig, parameter_outlines};
+use elapid_tensor::{Device, Tensor};
 
 use super::stored_tensor::first_not_finite;
 use super::weights::Weights;
@@ -58,16 +59,25 @@ pub(super) fn check(weights: &Weights, config: &MambaConfig) -> Result<()> {
     refuse(weights, problems)
 }
 
-/// Writes the weights into a model that they were checked against.
+/// Writes the weights into a model on the host that they were checked against, whose parameters go to `device`.
 ///
 /// # Errors
-/// If a weight is infinite or no number, naming its tensor.
-pub(super) fn fill(weights: &Weights, model: &mut LanguageModel) -> Result<()> {
+/// If a weight is infinite or no number, naming its tensor, or the device cannot be used or is full.
+pub(super) fn fill(weights: &Weights, model: &mut LanguageModel, device: Device) -> Result<()> {
+    let gpu = device.gpu()?;
     let mut problems = Vec::new();
     let mut failed = None;
     model.visit(&mut |parameter| {
         let Some(tensor) = weights.tensors.get(&parameter.name) else { return Ok(()) };
-        let values = parameter.tensor.data_mut::<f32>()?;
+        let mut passing = Vec::new();
+        let values = match &gpu {
+            // The model's own memory on the host is never touched.
+            Some(_) => {
+                passing.resize(parameter.tensor.elements(), 0.0);
+                &mut passing
+            }
+            None => parameter.tensor.data_mut::<f32>()?,
+        };
         failed = failed.take().or(tensor.read_f32(values).err());
         if let Some(at) = first_not_finite(values) {
             problems.push(TensorProblem {
@@ -75,6 +85,13 @@ pub(super) fn fill(weights: &Weights, model: &mut LanguageModel) -> Result<()> {
                 expected: "finite weights".into(),
                 found: format!("{} at element {at}", values[at]),
             });
+        }
+        if let Some(gpu) = &gpu {
+            let buffer = gpu.upload(&passing).map_err(elapid_tensor::Error::from)?;
+            let moved = Tensor::from_device(buffer, parameter.tensor.shape())?;
+            let tracked = parameter.tensor.tracks_grad();
+            *parameter.tensor = if tracked { moved.requires_grad() } else { moved };
+            tensor.bytes.release();
         }
         Ok(())
     })?;

@@ -24,6 +24,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use elapid_models::{LanguageModel, MambaConfig};
+use elapid_tensor::Device;
 
 pub use bytes::Bytes;
 pub(crate) use check::stored_shape;
@@ -140,8 +141,16 @@ impl ModelSource {
     /// # Errors
     /// If a weight is infinite or no number, naming its tensor, or there is no memory.
     pub fn load(&self) -> Result<LanguageModel> {
+        self.load_on(Device::Cpu)
+    }
+
+    /// The model in f32, on a device. On a GPU one parameter at a time passes through the host's memory.
+    ///
+    /// # Errors
+    /// As [`ModelSource::load`], and if the device cannot be used or is full.
+    pub fn load_on(&self, device: Device) -> Result<LanguageModel> {
         let mut model = LanguageModel::empty(&self.config)?;
-        check::fill(&self.weights, &mut model)?;
+        check::fill(&self.weights, &mut model, device)?;
         Ok(model)
     }
 }
@@ -161,5 +170,5 @@ pub fn load_model(path: &Path) -> Result<LanguageModel> {
 pub fn load_weights(path: &Path, model: &mut LanguageModel) -> Result<()> {
     let weights = Weights::open(path)?;
     check::check(&weights, model.config())?;
-    check::fill(&weights, model)
+    check::fill(&weights, model, Device::Cpu)
 }

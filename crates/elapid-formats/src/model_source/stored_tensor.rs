@@ -1,5 +1,7 @@
 //! One tensor of a model file: how its elements are written, its shape, its bytes.
 
+use std::ops::Range;
+
 use elapid_ops::blocks::{Encoding, dequantize};
 
 use super::Bytes;
@@ -58,6 +60,21 @@ impl StoredTensor {
     /// If `values` has another number of elements.
     pub fn read_f32(&self, values: &mut [f32]) -> Result<()> {
         Ok(dequantize(self.encoding, &self.bytes, values)?)
+    }
+
+    /// Some elements as f32.
+    ///
+    /// # Errors
+    /// If they are not all there.
+    pub fn read_part(&self, range: Range<usize>) -> Result<Vec<f32>> {
+        let (len, size) = (self.encoding.block_len(), self.encoding.block_bytes());
+        let (first, end) = (range.start / len, range.end.div_ceil(len));
+        let bytes = self.bytes.get(first * size..end * size).unwrap_or_default();
+        let mut values = vec![0.0; (end - first) * len];
+        dequantize(self.encoding, bytes, &mut values)?;
+        values.drain(..range.start - first * len);
+        values.truncate(range.len());
+        Ok(values)
     }
 
     /// The first element that is infinite or no number, as its position and value. Reads every byte.
@@ -121,6 +138,21 @@ mod tests {
         }
         let error = StoredTensor::new(Encoding::Q8_0, vec![33], bytes()).unwrap_err();
         assert!(error.contains("32"), "{error}");
+    }
+
+    #[test]
+    fn parts_are_those_of_the_whole() {
+        let values: Vec<f32> = (0..512).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect();
+        for encoding in Encoding::ALL {
+            let bytes = elapid_ops::blocks::quantize(encoding, 256, &values).unwrap();
+            let tensor = StoredTensor::new(encoding, vec![2, 256], bytes.into()).unwrap();
+            let mut all = vec![0.0; 512];
+            tensor.read_f32(&mut all).unwrap();
+            for range in [0..512, 0..0, 3..4, 31..33, 250..300, 512..512] {
+                assert_eq!(tensor.read_part(range.clone()).unwrap(), all[range]);
+            }
+            assert!(tensor.read_part(500..513).is_err());
+        }
     }
 
     #[test]

@@ -261,16 +261,7 @@ impl Parameters for EngineParameters<'_> {
             return Ok(Cow::Owned(values));
         }
         let Some(tensor) = self.source.get(name) else { return Ok(Cow::Owned(Vec::new())) };
-        let size = tensor.encoding.block_bytes();
-        let mut values = vec![0.0; range.len()];
-        if tensor.encoding.is_quantized() {
-            let mut all = vec![0.0; tensor.elements()];
-            tensor.read_f32(&mut all)?;
-            values.copy_from_slice(&all[range]);
-        } else {
-            let bytes = &tensor.bytes[range.start * size..range.end * size];
-            dequantize(tensor.encoding, bytes, &mut values)?;
-        }
+        let values = tensor.read_part(range)?;
         // The engine runs on its own copy.
         tensor.bytes.release();
         Ok(Cow::Owned(values))

@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use elapid_formats::{ModelSource, StoredTensor};
 use elapid_models::MambaConfig;
 use elapid_ops::blocks::Encoding;
 use elapid_ops::quantized_linear::rounding_block;
@@ -47,6 +48,17 @@ impl Parameters for BTreeMap<String, Tensor> {
     fn read(&self, name: &str, range: Range<usize>) -> Result<Cow<'_, [f32]>> {
         let values = self.get(name).ok_or_else(|| missing(name))?.data::<f32>()?;
         Ok(Cow::Borrowed(&values[range]))
+    }
+}
+
+impl Parameters for &ModelSource {
+    fn elements(&self, name: &str) -> Option<usize> {
+        self.get(name).map(StoredTensor::elements)
+    }
+
+    fn read(&self, name: &str, range: Range<usize>) -> Result<Cow<'_, [f32]>> {
+        let tensor = self.get(name).ok_or_else(|| missing(name))?;
+        Ok(Cow::Owned(tensor.read_part(range)?))
     }
 }
 
