@@ -101,6 +101,7 @@ fn decode_steps_follow_the_model_on_the_host() {
             for (encoding, tolerance) in [(Encoding::Bf16, 1.5e-2), (Encoding::Q8, 3e-2)] {
                 let mut on_gpu = placed(&gpu, &config);
                 let mut engine = GpuEngine::new(&mut on_gpu, encoding).unwrap();
+                assert!(engine.check().unwrap() > config.vocab_size);
                 let model = LanguageModel::new(&config, 7).unwrap();
                 let mut host = ModelRunner::new(&model);
                 let mut states = (engine.fresh_state(3).unwrap(), host.fresh_state(3).unwrap());
