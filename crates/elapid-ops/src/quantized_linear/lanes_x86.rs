@@ -18,6 +18,8 @@ pub(super) trait Lanes {
     type Quads: Copy;
     /// Tokens whose sums fit the registers beside what they are made of.
     const TILE: usize;
+    /// Sums of each token that a block's products are added to in turns, so that none waits for the one before.
+    const CHAINS: usize;
     /// Added to weights of eight bits.
     const FLIP: i8;
     /// Words that a quad of a token takes for weights of eight bits.
@@ -29,6 +31,10 @@ pub(super) trait Lanes {
     unsafe fn every(word: i32) -> Self::Sums;
     /// The rows' quads.
     unsafe fn quads(at: *const u8) -> Self::Quads;
+    /// Stores the quads of eight rows and of the other eight, as they are read again.
+    unsafe fn put(first: __m256i, last: __m256i, to: *mut u8);
+    /// The sums of both.
+    unsafe fn sum(a: Self::Sums, b: Self::Sums) -> Self::Sums;
     /// Lays the 32 bytes of a token out for weights of eight bits, quads `step` words apart, and returns where its sums
     /// begin.
     unsafe fn lay_eight(x: *const i8, sum: i32, to: *mut i32, step: usize) -> i32;
@@ -78,6 +84,7 @@ impl Lanes for Avx2 {
     type Sums = [__m256i; 2];
     type Quads = [__m256i; 2];
     const TILE: usize = 4;
+    const CHAINS: usize = 1;
     const FLIP: i8 = 0;
     const WORDS: usize = 2;
     const PAIRS: bool = true;
@@ -91,6 +98,19 @@ impl Lanes for Avx2 {
     unsafe fn quads(at: *const u8) -> Self::Quads {
         // SAFETY: as above.
         unsafe { [_mm256_load_si256(at.cast()), _mm256_load_si256(at.add(32).cast())] }
+    }
+    #[inline(always)]
+    unsafe fn put(first: __m256i, last: __m256i, to: *mut u8) {
+        // SAFETY: as above.
+        unsafe {
+            _mm256_store_si256(to.cast(), first);
+            _mm256_store_si256(to.add(32).cast(), last);
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum(a: Self::Sums, b: Self::Sums) -> Self::Sums {
+        // SAFETY: as above.
+        unsafe { [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])] }
     }
     /// Magnitudes, then all bits where the sign is negative.
     #[inline(always)]
@@ -212,7 +232,8 @@ pub(super) struct Vnni;
 impl Lanes for Vnni {
     type Sums = __m512i;
     type Quads = __m512i;
-    const TILE: usize = 8;
+    const TILE: usize = 12;
+    const CHAINS: usize = 2;
     const FLIP: i8 = i8::MIN;
     const WORDS: usize = 1;
     const PAIRS: bool = false;
@@ -226,6 +247,20 @@ impl Lanes for Vnni {
     unsafe fn quads(at: *const u8) -> Self::Quads {
         // SAFETY: as above.
         unsafe { _mm512_load_si512(at.cast()) }
+    }
+    /// One store, which a load of all may follow at once.
+    #[inline(always)]
+    unsafe fn put(first: __m256i, last: __m256i, to: *mut u8) {
+        // SAFETY: as above.
+        unsafe {
+            let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(first), last);
+            _mm512_store_si512(to.cast(), both);
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum(a: Self::Sums, b: Self::Sums) -> Self::Sums {
+        // SAFETY: as above.
+        unsafe { _mm512_add_epi32(a, b) }
     }
     #[inline(always)]
     unsafe fn lay_eight(x: *const i8, sum: i32, to: *mut i32, step: usize) -> i32 {

@@ -19,7 +19,7 @@ pub(super) const QUAD: usize = 4 * ROWS;
 /// Tokens that are worked off together: their inputs stay in the second-level cache.
 const TOKENS: usize = 96;
 /// Most tokens of a tile.
-const MOST: usize = 8;
+const MOST: usize = 12;
 
 /// The blocks of an encoding on an instruction set. Methods may be called where that is available.
 pub(super) trait Kernel {
@@ -66,6 +66,10 @@ macro_rules! by_tokens {
             5 if $k::TILE > 4 => $self.$name::<$k, 5>($($argument),*),
             6 if $k::TILE > 4 => $self.$name::<$k, 6>($($argument),*),
             7 if $k::TILE > 4 => $self.$name::<$k, 7>($($argument),*),
+            8 if $k::TILE > 4 => $self.$name::<$k, 8>($($argument),*),
+            9 if $k::TILE > 4 => $self.$name::<$k, 9>($($argument),*),
+            10 if $k::TILE > 4 => $self.$name::<$k, 10>($($argument),*),
+            11 if $k::TILE > 4 => $self.$name::<$k, 11>($($argument),*),
             _ if $k::TILE > 4 => $self.$name::<$k, MOST>($($argument),*),
             _ => unreachable!("at most four"),
         }
@@ -85,7 +89,7 @@ pub(super) unsafe fn rows<K: Kernel>(
     let tokens = x.tokens();
     let (mut room, mut inputs) = ROOM.take();
     let few = tokens <= K::TILE;
-    let kept = if few { 1 } else { blocks };
+    let kept = if few { 2 } else { blocks };
     room.resize(room.len().max(kept * K::LINES), Line([0; 64]));
     inputs.resize(inputs.len().max(tokens.min(TOKENS) * blocks * K::WORDS), 0);
     let four = black_box(4);
@@ -94,6 +98,8 @@ pub(super) unsafe fn rows<K: Kernel>(
         let end = tokens.min(from + TOKENS);
         // SAFETY: the tokens are there, and so is the room.
         unsafe { lay::<K>(x, from..end, blocks, inputs.as_mut_ptr()) };
+        let tiles = (end - from).div_ceil(K::TILE);
+        let part = (K::BYTES * ROWS).div_ceil(tiles);
         let mut first = rows.start;
         while first < rows.end {
             // Rows that are not there are others; their sums are dropped.
@@ -108,7 +114,7 @@ pub(super) unsafe fn rows<K: Kernel>(
                 count: ROWS.min(rows.end - first),
             };
             let next = own[0].wrapping_add(ROWS * weight.row_bytes);
-            let group = Group { own, blocks, next, inputs: inputs.as_ptr(), four };
+            let group = Group { own, blocks, next, part, inputs: inputs.as_ptr(), four };
             // SAFETY: the rows and tokens are there, and so is the room.
             unsafe {
                 let room = room.as_mut_ptr().cast();
@@ -196,8 +202,9 @@ impl<const T: usize> Sums<T> {
 struct Group {
     own: [*const u8; ROWS],
     blocks: usize,
-    /// The rows to come.
+    /// The rows to come, and the bytes of them that a tile asks for beside each of its blocks.
     next: *const u8,
+    part: usize,
     /// Tokens, laid out.
     inputs: *const i32,
     /// See [`Kernel::add`].
@@ -216,14 +223,14 @@ impl Group {
         at
     }
 
-    /// Asks for what stands at this place of the walk in the rows to come.
+    /// Asks for the `step`-th part of the rows to come.
     #[inline(always)]
-    fn ask<K: Kernel>(&self, block: usize) {
-        let next = self.next.wrapping_add(block * K::BYTES * ROWS);
-        let mut line = 0;
-        while line < K::BYTES * ROWS {
+    fn ask(&self, step: usize) {
+        let from = step * self.part;
+        let mut line = from.next_multiple_of(64);
+        while line < from + self.part {
             // SAFETY: asking reads nothing that could be seen.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(line).cast()) };
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(self.next.wrapping_add(line).cast()) };
             line += 64;
         }
     }
@@ -240,13 +247,22 @@ impl Group {
     unsafe fn few<K: Kernel, const T: usize>(&self, room: *mut u8, to: Target) {
         let mut y = Sums([[0.0; ROWS]; T]);
         let sums = y.in_memory();
+        if self.blocks > 0 {
+            // SAFETY: as above.
+            unsafe { K::arrange(&self.at::<K>(0), room) };
+        }
         for block in 0..self.blocks {
-            self.ask::<K>(block);
+            self.ask(block);
+            // A block is rearranged while the one before is used: what has just been written would be waited for.
+            let now = room.wrapping_add(block % 2 * K::LINES * 64);
+            let then = room.wrapping_add((block + 1) % 2 * K::LINES * 64);
             // SAFETY: as above.
             unsafe {
-                K::arrange(&self.at::<K>(block), room);
+                if block + 1 < self.blocks {
+                    K::arrange(&self.at::<K>(block + 1), then);
+                }
                 let x = self.inputs.add(block * T * K::WORDS);
-                K::add::<T>(room, x, sums, self.four);
+                K::add::<T>(now, x, sums, self.four);
             }
         }
         // SAFETY: as above.
@@ -278,9 +294,7 @@ impl Group {
         let sums = y.in_memory();
         let inputs = self.inputs.wrapping_add(before * self.blocks * K::WORDS);
         for block in 0..self.blocks {
-            if before == 0 {
-                self.ask::<K>(block);
-            }
+            self.ask(before / K::TILE * self.blocks + block);
             // SAFETY: as above.
             unsafe {
                 let (w, x) = (room.add(block * K::LINES * 64), inputs.add(block * T * K::WORDS));

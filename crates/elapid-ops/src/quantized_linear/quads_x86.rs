@@ -80,25 +80,29 @@ unsafe fn bits(from: *const u8) -> i16 {
     unsafe { from.cast::<i16>().read_unaligned() }
 }
 
-/// Blocks of 32 in `BITS` bits: the quads, then a line of scales. `flip` is added to the bytes of eight bits.
+/// Blocks of 32 in `BITS` bits: the quads, then a line of scales. `L::FLIP` is added to the bytes of eight bits.
 #[inline(always)]
-unsafe fn arrange_32<const BITS: usize>(rows: &[*const u8; ROWS], to: *mut u8, flip: i8) {
+unsafe fn arrange_32<L: Lanes, const BITS: usize>(rows: &[*const u8; ROWS], to: *mut u8) {
     // SAFETY: as above.
     unsafe {
-        let (flip, nibble) = (_mm256_set1_epi8(flip), _mm256_set1_epi8(15));
-        for half in 0..2 {
-            let first = transposed(rows, 8 * half, 2);
-            let second = if BITS == 8 { transposed(rows, 8 * half, 18) } else { first };
+        let (flip, nibble) = (_mm256_set1_epi8(L::FLIP), _mm256_set1_epi8(15));
+        let (a, b) = (transposed(rows, 0, 2), transposed(rows, 8, 2));
+        for j in 0..4 {
+            let at = to.add(QUAD * j);
+            if BITS == 8 {
+                L::put(_mm256_xor_si256(a[j], flip), _mm256_xor_si256(b[j], flip), at);
+            } else {
+                L::put(_mm256_and_si256(a[j], nibble), _mm256_and_si256(b[j], nibble), at);
+                let (a, b) = (_mm256_srli_epi16::<4>(a[j]), _mm256_srli_epi16::<4>(b[j]));
+                let at = at.add(4 * QUAD);
+                L::put(_mm256_and_si256(a, nibble), _mm256_and_si256(b, nibble), at);
+            }
+        }
+        if BITS == 8 {
+            let (a, b) = (transposed(rows, 0, 18), transposed(rows, 8, 18));
             for j in 0..4 {
-                let (low, high) = if BITS == 8 {
-                    (_mm256_xor_si256(first[j], flip), _mm256_xor_si256(second[j], flip))
-                } else {
-                    let high = _mm256_srli_epi16::<4>(second[j]);
-                    (_mm256_and_si256(first[j], nibble), _mm256_and_si256(high, nibble))
-                };
-                let at = to.add(QUAD * j + 32 * half);
-                _mm256_store_si256(at.cast(), low);
-                _mm256_store_si256(at.add(4 * QUAD).cast(), high);
+                let at = to.add(QUAD * (4 + j));
+                L::put(_mm256_xor_si256(a[j], flip), _mm256_xor_si256(b[j], flip), at);
             }
         }
         scales(rows, to.add(8 * QUAD));
@@ -200,7 +204,7 @@ impl<L: Lanes> Kernel for Eight<L> {
     #[inline(always)]
     unsafe fn arrange(rows: &[*const u8; ROWS], to: *mut u8) {
         // SAFETY: as above.
-        unsafe { arrange_32::<8>(rows, to, L::FLIP) }
+        unsafe { arrange_32::<L, 8>(rows, to) }
     }
     #[inline(always)]
     unsafe fn lay(x: &Row, block: usize, tokens: usize, t: usize, to: *mut i32) {
@@ -224,19 +228,22 @@ impl<L: Lanes> Kernel for Eight<L> {
         // SAFETY: as above.
         unsafe {
             let mut sums = [L::every(0); T];
+            let mut others = sums;
             let end = x.add(8 * L::WORDS * T);
             for (t, sums) in sums.iter_mut().enumerate() {
                 *sums = L::every(*end.add(t));
             }
             for _ in 0..four {
-                for _ in 0..2 {
+                for turn in 0..2 {
                     let w = L::quads(arranged);
+                    let sums = if in_turns::<L>(T) && turn == 1 { &mut others } else { &mut sums };
                     for (t, sums) in sums.iter_mut().enumerate() {
                         *sums = L::add_eight(*sums, w, x.add(L::WORDS * t));
                     }
                     (arranged, x) = (arranged.add(QUAD), x.add(L::WORDS * T));
                 }
             }
+            let sums = if in_turns::<L>(T) { both::<L, T>(sums, others) } else { sums };
             for (t, sums) in sums.into_iter().enumerate() {
                 L::take(sums, arranged, end.add(T + t), y.add(ROWS * t));
             }
@@ -256,7 +263,7 @@ impl<L: Lanes> Kernel for Four<L> {
     #[inline(always)]
     unsafe fn arrange(rows: &[*const u8; ROWS], to: *mut u8) {
         // SAFETY: as above.
-        unsafe { arrange_32::<4>(rows, to, 0) }
+        unsafe { arrange_32::<L, 4>(rows, to) }
     }
     #[inline(always)]
     unsafe fn lay(x: &Row, block: usize, tokens: usize, t: usize, to: *mut i32) {
@@ -288,6 +295,24 @@ impl<L: Lanes> Kernel for Four<L> {
     }
 }
 
+/// True if the quads of a block are added to two sums of each token in turns: for few tokens the processor would wait.
+const fn in_turns<L: Lanes>(tokens: usize) -> bool {
+    L::CHAINS == 2 && tokens <= 8
+}
+
+/// The sums of both.
+#[inline(always)]
+unsafe fn both<L: Lanes, const T: usize>(
+    mut sums: [L::Sums; T],
+    others: [L::Sums; T],
+) -> [L::Sums; T] {
+    for (sum, other) in sums.iter_mut().zip(others) {
+        // SAFETY: as above.
+        unsafe { *sum = L::sum(*sum, other) };
+    }
+    sums
+}
+
 /// Adds the products of eight quads of four bits.
 #[inline(always)]
 unsafe fn quads_of_four<L: Lanes, const T: usize>(
@@ -296,11 +321,14 @@ unsafe fn quads_of_four<L: Lanes, const T: usize>(
     mut x: *const i32,
     four: usize,
 ) -> [L::Sums; T] {
+    // SAFETY: as above.
+    let mut others = [unsafe { L::every(0) }; T];
     for _ in 0..four {
-        for _ in 0..2 {
+        for turn in 0..2 {
             // SAFETY: as above.
             unsafe {
                 let quads = L::quads(w);
+                let sums = if in_turns::<L>(T) && turn == 1 { &mut others } else { &mut sums };
                 for (t, sums) in sums.iter_mut().enumerate() {
                     *sums = L::add_four(*sums, quads, x.add(t));
                 }
@@ -308,7 +336,8 @@ unsafe fn quads_of_four<L: Lanes, const T: usize>(
             }
         }
     }
-    sums
+    // SAFETY: as above.
+    if in_turns::<L>(T) { unsafe { both::<L, T>(sums, others) } } else { sums }
 }
 
 /// `q4_k`. A token's block: quads, sums of every 32 in pairs, scale.
