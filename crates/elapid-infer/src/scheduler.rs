@@ -318,7 +318,10 @@ impl<R: Runner> Scheduler<R> {
             self.batch.reading.retain(|&other| other != slot);
             let state = match &self.state {
                 Some(state) if running.continued => {
-                    state.select(&[slot]).and_then(|own| own.cast(DType::F32)).map_err(Error::from)
+                    // All there is needs no copy.
+                    let own =
+                        if state.slots() == 1 { Ok(state.clone()) } else { state.select(&[slot]) };
+                    own.and_then(|own| own.cast(DType::F32)).map_err(Error::from)
                 }
                 // What was cancelled before its first token was read has nothing in its slot.
                 _ => self.runner.fresh_state(1),

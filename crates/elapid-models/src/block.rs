@@ -3,7 +3,7 @@
 
 use elapid_ops::norm::{layer_norm, norm_again, rms_norm};
 use elapid_tensor::autograd::with_recipe;
-use elapid_tensor::{Sequences, Tensor};
+use elapid_tensor::{DType, Sequences, Tensor};
 
 use crate::initialize::Initializer;
 use crate::mixers::SequenceMixer;
@@ -113,6 +113,11 @@ impl Block {
         let (hidden, state) = context
             .within("mixer", |context| self.mixer.forward(&normed, sequences, state, context))?;
         Ok((hidden, residual, state))
+    }
+
+    /// [`SequenceMixer::run_only`] of the mixer.
+    pub fn run_only(&mut self, compute: DType) -> Result<()> {
+        self.mixer.run_only(compute)
     }
 
     /// Shows the parameters of norm and mixer.

@@ -9,6 +9,7 @@ use elapid_ops::linear_cross_entropy::{
     linear_cross_entropy_prepared,
 };
 use elapid_ops::matmul::linear;
+use elapid_tensor::cuda::few_rows;
 use elapid_tensor::{DType, Device, Sequences, Shape, Tensor};
 
 use crate::initialize::Initializer;
@@ -109,6 +110,18 @@ impl LanguageModel {
             *parameter.tensor = if tracked { moved.requires_grad() } else { moved };
             Ok(())
         })
+    }
+
+    /// Makes the model one that runs and does not learn: what every call would derive from parameters alone is derived now, and
+    /// the weights of the mixers' projections are kept in the type that they are multiplied in, so that calls cast nothing
+    /// and, where that type is bf16, these weights take half the memory. What the model computes stays the same, bit for
+    /// bit. The embedding and the head stay f32. Once is enough; where parameters were changed afterwards, again.
+    ///
+    /// # Errors
+    /// If there is no memory for one more weight.
+    pub fn run_only(&mut self) -> Result<()> {
+        let compute = self.compute;
+        self.layers.iter_mut().try_for_each(|layer| layer.run_only(compute))
     }
 
     /// The model's shape.
@@ -266,12 +279,13 @@ impl LanguageModel {
         Ok((hidden, State { layers, positions }))
     }
 
-    /// Hidden states [K, D] to logits [K, V] in f32, padded rows included.
+    /// Hidden states [K, D] to logits [K, V] in f32, padded rows included. On a GPU it is fastest for up to some dozens of
+    /// rows at a time.
     ///
     /// # Errors
     /// If the width is another.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        Ok(linear(&hidden.cast(DType::F32)?, self.head(), None)?)
+        Ok(few_rows(|| linear(&hidden.cast(DType::F32)?, self.head(), None))?)
     }
 
     /// Mean cross-entropy in nats over the tokens whose target is not -100, and the state after each

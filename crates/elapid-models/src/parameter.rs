@@ -1,7 +1,7 @@
 //! Parameters as the rest of the program sees them: one visit serves checkpoints, optimizer groups and
 //! initialisation.
 
-use elapid_tensor::Tensor;
+use elapid_tensor::{DType, Tensor};
 
 use crate::Result;
 
@@ -59,6 +59,14 @@ pub struct Linear {
 }
 
 impl Linear {
+    /// Keeps the weight in a type from here on, without gradient.
+    pub(crate) fn keep_in(&mut self, dtype: DType) -> Result<()> {
+        if self.weight.dtype() != dtype {
+            self.weight = self.weight.detach().cast(dtype)?;
+        }
+        Ok(())
+    }
+
     /// Shows weight and bias, named `{prefix}.weight` and `{prefix}.bias`.
     pub fn visit(&mut self, prefix: &str, visitor: &mut Visitor<'_>) -> Result<()> {
         visitor(Parameter {

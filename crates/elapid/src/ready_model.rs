@@ -160,7 +160,10 @@ impl ReadyModel {
     pub fn with<R>(&mut self, run: impl FnOnce(&mut dyn Runner) -> Result<R>) -> Result<R> {
         match &mut self.engine {
             Engine::Cpu(engine) => run(&mut **engine),
-            Engine::Gpu { model, decodes: false, .. } => run(&mut ModelRunner::new(model)),
+            Engine::Gpu { model, decodes: false, .. } => {
+                model.run_only()?;
+                run(&mut ModelRunner::new(model))
+            }
             Engine::Gpu { model, weights, state, check, .. } => {
                 let engine = GpuEngine::of_source(model, &self.source, *weights)?;
                 let mut engine = engine.with_state(*state)?;

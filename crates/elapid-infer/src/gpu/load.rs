@@ -6,8 +6,8 @@ use elapid_formats::ModelSource;
 use elapid_models::{LanguageModel, NormKind};
 use elapid_ops::blocks::{self, q8_0};
 use elapid_ops::decode_step::{Encoding, LayerWeights, NormWeights, Packed, Source, Weights};
-use elapid_tensor::Tensor;
 use elapid_tensor::cuda::{DeviceBuffer, Gpu};
+use elapid_tensor::{DType, Tensor};
 
 use crate::{Error, Result};
 
@@ -120,7 +120,7 @@ impl Parameters<'_> {
         first_rows: usize,
         wanted: Option<Encoding>,
     ) -> Result<Packed> {
-        let tensor = self.get(name)?;
+        let tensor = self.get(name)?.cast(DType::F32)?;
         let stored = self.source.and_then(|source| source.get(name));
         let encoding = kept(stored.map(|stored| stored.encoding), wanted);
         let blocks = stored

@@ -46,8 +46,9 @@ pub struct GpuEngine<'m> {
 }
 
 impl<'m> GpuEngine<'m> {
-    /// An engine for a model that is on a GPU and computes in bf16 there. Its embedding and projections are kept a second
-    /// time, in `encoding`; Δ's projection in bf16, everything else in f32.
+    /// An engine for a model that is on a GPU and computes in bf16 there, and from here on runs only
+    /// ([`LanguageModel::run_only`]). Its embedding and projections are kept a second time, in `encoding`; Δ's projection in
+    /// bf16, everything else in f32. Of a model that ran only before, projections are rounded to bf16 already.
     ///
     /// # Errors
     /// If the model is elsewhere or computes in another type, or there is no memory.
@@ -93,6 +94,7 @@ impl<'m> GpuEngine<'m> {
         let sizes = sizes(model.config());
         let weights = load::weights(&gpu, model, source, encoding)?;
         weights.check(&sizes)?;
+        model.run_only()?;
         Ok(Self { model, gpu, sizes, weights, steps: None })
     }
 

@@ -21,8 +21,8 @@ use elapid_ops::elementwise::neg_exp;
 use elapid_ops::matmul::linear;
 use elapid_ops::norm::rms_norm;
 use elapid_ops::selective_scan::{self, selective_scan, selective_scan_linear};
-use elapid_tensor::autograd::rematerialize;
-use elapid_tensor::{Sequences, Shape, Tensor};
+use elapid_tensor::autograd::{no_grad, rematerialize};
+use elapid_tensor::{DType, Sequences, Shape, Tensor};
 
 use super::SequenceMixer;
 use crate::initialize::Initializer;
@@ -40,6 +40,8 @@ pub struct Mamba {
     x_proj: Linear,
     dt_proj: Linear,
     a_log: Tensor,
+    /// A = -exp(A_log) of a mixer that only runs.
+    a: Option<Tensor>,
     d: Tensor,
     out_proj: Linear,
     d_inner: usize,
@@ -87,6 +89,7 @@ impl Mamba {
                 bias: Some(init.dt_bias(&name("dt_proj.bias"), config)?),
             },
             a_log: init.a_log(e, n)?,
+            a: None,
             d: init.constant(1.0, &[e])?,
             out_proj: Linear {
                 weight: init.uniform(&name("out_proj.weight"), out_scale, &[d, e])?,
@@ -138,7 +141,10 @@ impl SequenceMixer for Mamba {
         };
         context.tap("dt_proj", &delta);
 
-        let a = neg_exp(&self.a_log)?;
+        let a = match &self.a {
+            Some(a) => a.clone(),
+            None => neg_exp(&self.a_log)?,
+        };
         let (b, c) = (parts[1].unsqueeze(1)?, parts[2].unsqueeze(1)?);
         let inputs = selective_scan::Inputs {
             u: &u,
@@ -180,7 +186,16 @@ impl SequenceMixer for Mamba {
         ]
     }
 
+    fn run_only(&mut self, compute: DType) -> Result<()> {
+        self.a = Some(no_grad(|| neg_exp(&self.a_log))?);
+        [&mut self.in_proj, &mut self.x_proj, &mut self.dt_proj, &mut self.out_proj]
+            .into_iter()
+            .try_for_each(|projection| projection.keep_in(compute))
+    }
+
     fn visit(&mut self, prefix: &str, visitor: &mut Visitor<'_>) -> Result<()> {
+        // The visitor may change A_log.
+        self.a = None;
         let name = |field: &str| format!("{prefix}.{field}");
         for (field, tensor, kind) in
             [("A_log", &mut self.a_log, Kind::Recurrence), ("D", &mut self.d, Kind::Skip)]
@@ -247,6 +262,30 @@ impl Mamba {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_mixer_that_only_runs_computes_the_same_and_sees_changed_parameters() {
+        let config = MambaConfig { bias: true, ..MambaConfig::bytes(16, 1) };
+        let mut mixer = Mamba::new(&config, "mixer", &Initializer::new(3)).unwrap();
+        let x: Vec<f32> = (0..80u8).map(|i| f32::from(i % 7) - 3.0).collect();
+        let x = Tensor::from_slice(&x, [5, 16]).unwrap();
+        let run = |mixer: &Mamba| {
+            let sequences = Sequences::one(5);
+            let (y, _) = mixer.forward(&x, &sequences, None, &mut Context::new()).unwrap();
+            y.to_vec::<f32>().unwrap()
+        };
+        let before = run(&mixer);
+        mixer.run_only(DType::F32).unwrap();
+        assert_eq!(run(&mixer), before);
+        let mut change = |parameter: Parameter<'_>| {
+            if parameter.kind == Kind::Recurrence {
+                *parameter.tensor = neg_exp(&parameter.tensor.detach())?;
+            }
+            Ok(())
+        };
+        mixer.visit("mixer", &mut change).unwrap();
+        assert_ne!(run(&mixer), before);
+    }
 
     #[test]
     fn retention_is_set_by_the_projection_to_delta_and_the_decay_alone() {

@@ -4,7 +4,7 @@ mod mamba;
 
 pub use mamba::Mamba;
 
-use elapid_tensor::{Sequences, Shape, Tensor};
+use elapid_tensor::{DType, Sequences, Shape, Tensor};
 
 use crate::parameter::Visitor;
 use crate::{Context, LayerState, Result};
@@ -26,6 +26,13 @@ pub trait SequenceMixer: Send + Sync {
 
     /// Names and shapes of the state for a number of slots.
     fn state_shapes(&self, slots: usize) -> Vec<(&'static str, Shape)>;
+
+    /// Derives now what `forward` would derive from parameters alone in every call, and keeps the weights of projections in
+    /// the type that they are multiplied in. The mixer does not learn any more.
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    fn run_only(&mut self, compute: DType) -> Result<()>;
 
     /// Shows every parameter, named `{prefix}.{name}`.
     fn visit(&mut self, prefix: &str, visitor: &mut Visitor<'_>) -> Result<()>;

@@ -1,7 +1,7 @@
 //! Products of tensors on a GPU.
 
 use elapid_tensor::autograd::{Backward, Place, accumulate};
-use elapid_tensor::cuda::{DeviceBuffer, Gpu, Matrix, Product, is_batch_invariant};
+use elapid_tensor::cuda::{DeviceBuffer, Gpu, Matrix, Product, invariant_rows};
 use elapid_tensor::{DType, Error, Result, Shape, Tensor, bf16};
 
 use crate::gpu::place_of;
@@ -97,7 +97,7 @@ pub(super) fn product(
     let product = Product {
         batch,
         tf32: gpu.tf32_allowed(),
-        invariant: is_batch_invariant(),
+        invariant: invariant_rows(),
         bias: bias.as_ref().map_or(Ok(0), Tensor::device_address)?,
         bias_dtype: out,
         beta,

@@ -23,6 +23,8 @@ const BLOCKS: [usize; 2] = [5, 3];
 /// Sequences are cut to fill the card if it holds so many times the blocks that there are: the second pass over the
 /// recurrence must be paid for.
 const WORTH_CUTTING: usize = 4;
+/// The same where each sequence is cut so that it fills the card alone: it may come with others, which then need no cuts.
+const WORTH_CUTTING_ALONE: usize = 6;
 
 /// How sequences are cut into segments.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,24 +105,32 @@ impl Shape {
         }
     }
 
-    /// For `cut` and the sequences of a batch; only [`Cut::Fill`] lets the batch decide.
+    /// For `cut` and the sequences of a batch. Two channels a lane give the bits of one.
     fn of(
         gpu: &Gpu,
         (channels, groups, states): (usize, usize, usize),
         sequences: &Sequences,
         cut: Cut,
     ) -> Self {
-        let narrow = Self::new(states, 1);
-        if cut != Cut::Fill || states > PAIRED_STATES {
-            return narrow;
-        }
-        let wide = Self::new(states, 2);
-        let tiles = groups * (channels / groups).div_ceil(wide.channels);
-        let blocks = tiles * sequences.len();
-        let pieces = wide.pieces(gpu, blocks);
-        let many = blocks as f64 >= WORTH_PAIRING * gpu.multiprocessors() as f64;
-        let long = pieces >= WORTH_CUTTING && longest(sequences) / pieces >= WORTH_PAIRING_SEGMENTS;
-        if many || long { wide } else { narrow }
+        let (narrow, wide) = (Self::new(states, 1), Self::new(states, 2));
+        let tiles = |shape: &Self| groups * (channels / groups).div_ceil(shape.channels);
+        let many = |segments: usize| {
+            (tiles(&wide) * segments) as f64 >= WORTH_PAIRING * gpu.multiprocessors() as f64
+        };
+        let worth_pairing = states <= PAIRED_STATES
+            && match cut {
+                Cut::Fill => {
+                    let pieces = wide.pieces(gpu, tiles(&wide) * sequences.len());
+                    let long = longest(sequences) / pieces.max(1) >= WORTH_PAIRING_SEGMENTS;
+                    many(sequences.len()) || (pieces >= WORTH_CUTTING && long)
+                }
+                Cut::Alone => {
+                    let size = |len| narrow.segment(gpu, tiles(&narrow), len, WORTH_CUTTING_ALONE);
+                    many(sequences.iter().map(|s| s.len.div_ceil(size(s.len)).max(1)).sum())
+                }
+                Cut::Every(_) | Cut::Never => false,
+            };
+        if worth_pairing { wide } else { narrow }
     }
 
     /// Into how many pieces each of so many blocks' work must be cut to fill the card.
@@ -128,10 +138,11 @@ impl Shape {
         BLOCKS[self.pair - 1] * gpu.multiprocessors() / blocks.max(1)
     }
 
-    /// Tokens of a segment with which so many blocks, the longest of so many tokens, fill the card.
-    fn segment(&self, gpu: &Gpu, blocks: usize, longest: usize) -> usize {
+    /// Tokens of a segment with which so many blocks, the longest of so many tokens, fill the card; all if it holds less than
+    /// `worth` times as many.
+    fn segment(&self, gpu: &Gpu, blocks: usize, longest: usize, worth: usize) -> usize {
         let pieces = self.pieces(gpu, blocks);
-        if pieces < WORTH_CUTTING {
+        if pieces < worth {
             return usize::MAX;
         }
         longest.div_ceil(pieces).next_multiple_of(self.steps).max(4 * self.steps)
@@ -165,18 +176,28 @@ impl Plan {
             ));
         }
         let shape = Shape::of(gpu, (channels, groups, states), sequences, cut);
-        let tiles = groups * (channels / groups).div_ceil(shape.channels);
+        let tiles_of = |shape: &Shape| groups * (channels / groups).div_ceil(shape.channels);
+        let tiles = tiles_of(&shape);
+        // What a sequence is cut into alone must not depend on the batch, as the lanes may.
+        let narrow = Shape::new(states, 1);
+        let narrow_tiles = tiles_of(&narrow);
         let size = match cut {
             Cut::Never => usize::MAX,
             Cut::Every(tokens) => tokens.max(1).next_multiple_of(shape.steps),
-            Cut::Fill => shape.segment(gpu, tiles * sequences.len(), longest(sequences)),
+            Cut::Fill => {
+                let blocks = tiles * sequences.len();
+                shape.segment(gpu, blocks, longest(sequences), WORTH_CUTTING)
+            }
             Cut::Alone => 0,
         };
         let (mut rows, mut starts, mut runs) = (Vec::new(), vec![0], Vec::new());
         let mut chunks = 0;
         for s in sequences {
             let first = rows.len();
-            let size = if cut == Cut::Alone { shape.segment(gpu, tiles, s.len) } else { size };
+            let size = match cut {
+                Cut::Alone => narrow.segment(gpu, narrow_tiles, s.len, WORTH_CUTTING_ALONE),
+                _ => size,
+            };
             let pieces = s.len.div_ceil(size).max(1);
             for piece in 0..pieces {
                 let begin = piece * size.min(s.len);

@@ -71,16 +71,16 @@ pub struct Product {
     /// Lets products of F32 round their inputs to TF32 (10 bits after the point); of no effect on BF16.
     pub tf32: bool,
     /// A row of C has the same bits whatever the number of rows and wherever it is among them: all numbers of rows share
-    /// one algorithm. Where the library has that one for many rows only, few have another, and other bits. Of no effect on
-    /// batches and on a transposed `a`.
-    pub invariant: bool,
+    /// the algorithm for this many. Where the library has that one for many rows only, few have another, and other bits. Of
+    /// no effect on batches and on a transposed `a`.
+    pub invariant: Option<usize>,
 }
 
 impl Product {
     /// C = A B: one product, no bias, F32 kept as F32.
     pub fn new(a: Matrix, b: Matrix, c: Matrix) -> Self {
         let (batch, alpha, beta, bias) = (1, 1.0, 0.0, 0);
-        let (bias_dtype, tf32, invariant) = (c.dtype, false, false);
+        let (bias_dtype, tf32, invariant) = (c.dtype, false, None);
         Self { a, b, c, batch, alpha, beta, bias, bias_dtype, tf32, invariant }
     }
 

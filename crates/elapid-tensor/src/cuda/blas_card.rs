@@ -5,8 +5,8 @@
 //! first one of its heuristic, which knows shapes, strides, types and alignment and measures nothing, so the same
 //! product is always done the same way. It is kept with its descriptors for the next product of the same kind.
 //!
-//! Products whose rows must not depend on their number are all done by the algorithm for [`REFERENCE_ROWS`] of them, among
-//! those that walk all terms of an element in one piece: each of its tiles does the same whatever the others are.
+//! Products whose rows must not depend on their number are all done by the algorithm for one number of them, among those that
+//! walk all terms of an element in one piece: each of its tiles does the same whatever the others are.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -27,10 +27,6 @@ use crate::DType;
 
 /// Plans kept; beyond them all are made anew as needed (a plan is about 2 KB on the host).
 const MOST_PLANS: usize = 4096;
-
-/// The number of rows whose algorithm all invariant products of a kind share: a long prompt's. Many more rows fill the card
-/// by any such algorithm, and few are a matter of latency.
-const REFERENCE_ROWS: usize = 2048;
 
 /// The alignment that cuBLASLt distinguishes at most, in bytes; the workspace must have it.
 const BEST_ALIGNMENT: u64 = 256;
@@ -54,7 +50,7 @@ struct Key {
     batch: usize,
     bias: u64,
     tf32: bool,
-    invariant: bool,
+    invariant: Option<usize>,
 }
 
 #[derive(Debug)]
@@ -176,7 +172,7 @@ impl Key {
             batch,
             bias: if product.bias == 0 { 0 } else { alignment(product.bias).into() },
             tf32: product.rounds_inputs(),
-            invariant: product.is_invariant(),
+            invariant: product.reference_rows(),
         }
     }
 }
@@ -218,14 +214,15 @@ impl Product {
         self.tf32 && self.a.dtype == DType::F32
     }
 
-    fn is_invariant(&self) -> bool {
-        self.invariant && self.batch == 1 && !self.a.transposed
+    /// The number of rows whose algorithm it takes, if that is not its own.
+    fn reference_rows(&self) -> Option<usize> {
+        self.invariant.filter(|_| self.batch == 1 && !self.a.transposed)
     }
 
     /// Of a, b and c; if rows must not depend on where they begin, no more than every row has.
     fn alignments(&self) -> [u32; 3] {
         let own = |matrix: &Matrix| matrix.alignment(self.batch);
-        let of_rows = |matrix: &Matrix| match self.is_invariant() {
+        let of_rows = |matrix: &Matrix| match self.reference_rows().is_some() {
             true => own(matrix).min(alignment((matrix.stride * matrix.dtype.size()) as u64)),
             false => own(matrix),
         };
@@ -256,7 +253,7 @@ impl Plan {
         use sys::cublasLtReductionScheme_t as R;
         // Sums that are cut along k meet in f32: the other ways round parts to the type of c. Where they must not be cut,
         // there is no room for parts either.
-        let (reduction, workspace) = match product.is_invariant() {
+        let (reduction, workspace) = match product.reference_rows().is_some() {
             true => (R::CUBLASLT_REDUCTION_SCHEME_NONE, 0),
             false => (R::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE, workspace),
         };
@@ -279,8 +276,8 @@ impl Plan {
             }
         };
         let mut algorithm = None;
-        if product.is_invariant() {
-            let rows = |matrix: Matrix| Matrix { rows: REFERENCE_ROWS, ..matrix };
+        if let Some(count) = product.reference_rows() {
+            let rows = |matrix: Matrix| Matrix { rows: count, ..matrix };
             let best = best(&rows(product.a).layout(batch)?, &rows(product.c).layout(batch)?)?;
             // Should it be good for few rows only, another that does not cut sums is the next best.
             algorithm = Some(best.algo).filter(|algorithm| {
@@ -449,7 +446,8 @@ mod tests {
             Product { a: Matrix { stride: 17, ..product.a }, ..product },
             Product { bias: 256, ..product },
             Product { tf32: true, ..product },
-            Product { invariant: true, ..product },
+            Product { invariant: Some(64), ..product },
+            Product { invariant: Some(2048), ..product },
             Product { batch: 2, ..product },
         ] {
             assert_ne!(key(product), key(other), "{other:?}");
@@ -458,7 +456,7 @@ mod tests {
         assert_eq!(product.a.alignment(1), 256);
         assert_eq!(Matrix { batch_stride: 6, ..product.a }.alignment(2), 8);
         // Rows of 64 bytes, beginning anywhere: an invariant product knows of no better alignment.
-        let invariant = Product { invariant: true, ..product };
+        let invariant = Product { invariant: Some(64), ..product };
         let next = Product { a: Matrix { address: 512 + 64, ..product.a }, ..invariant };
         assert_eq!((key(invariant), invariant.alignments()), (key(next), [64, 256, 32]));
     }

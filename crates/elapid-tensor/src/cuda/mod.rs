@@ -34,7 +34,7 @@ pub use card::Card;
 pub use error::{GpuError, Result};
 pub use gpu::{Event, Gpu, GpuId, Kernel, Launch, Module};
 pub use graph::Graph;
-pub use invariance::{batch_invariant, is_batch_invariant};
+pub use invariance::{batch_invariant, few_rows, invariant_rows, is_batch_invariant};
 pub(crate) use memory::DeviceBlock;
 pub use memory::{DeviceBuffer, DeviceSlice, Usage};
 pub use profile::Profiled;

@@ -137,6 +137,23 @@ fn sequences_that_are_cut_each_by_itself_are_in_a_batch_what_they_are_alone() {
 }
 
 #[test]
+fn lanes_of_two_channels_give_the_bits_of_lanes_of_one() {
+    for gpu in gpus() {
+        // Enough for two channels a lane.
+        let channels = 64 * gpu.multiprocessors();
+        let case = Case::random(13, scattered(&LENGTHS), channels, 16, [Some(1); 2], false);
+        let sizes = (channels, 1, 16);
+        let pair = |cut| Plan::new(&gpu, &case.sequences, sizes, cut).unwrap().shape.pair;
+        for (two, one) in [(Cut::Fill, Cut::Never), (Cut::Alone, Cut::Never)] {
+            assert_eq!((pair(two), pair(one)), (2, 1));
+            let (two, one) = (run::<f32>(&gpu, &case, two), run::<f32>(&gpu, &case, one));
+            assert_eq!(two.y, one.y);
+            assert_eq!(two.last, one.last);
+        }
+    }
+}
+
+#[test]
 fn what_is_optional_may_be_missing() {
     let mut case = Case::random(7, Sequences::fresh(&[40, 3]), 9, 16, [Some(1); 2], false);
     (case.d, case.z, case.bias, case.h0, case.dlast) = (None, None, None, None, None);

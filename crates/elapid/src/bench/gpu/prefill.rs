@@ -26,7 +26,8 @@ pub fn run(bench: &mut Bench, models: &[ModelShape], batches: &[usize]) -> Resul
     let batches = if batches.is_empty() { &[1] } else { batches };
     for shape in models {
         let (name, config) = shape.model();
-        let model = values::model(config, bench.device(), DType::BF16)?;
+        let mut model = values::model(config, bench.device(), DType::BF16)?;
+        model.run_only()?;
         let mut runner = ModelRunner::new(&model);
         for &batch in batches {
             let lengths: &[usize] = match (bench.quick, batch) {
