@@ -270,7 +270,7 @@ mod tests {
         let x: Vec<f32> = (0..80u8).map(|i| f32::from(i % 7) - 3.0).collect();
         let x = Tensor::from_slice(&x, [5, 16]).unwrap();
         let run = |mixer: &Mamba| {
-            let sequences = Sequences::one(5);
+            let sequences = Sequences::fresh(&[5]);
             let (y, _) = mixer.forward(&x, &sequences, None, &mut Context::new()).unwrap();
             y.to_vec::<f32>().unwrap()
         };

@@ -10,6 +10,9 @@ const MANY_SHARES: usize = 16;
 
 /// Most sequences of which each warp multiplies from registers.
 const FEW: usize = 32;
+/// Bytes of the rings of a block's warps where columns are few and multiprocessors have two blocks; and where they have one.
+const WARP_RING_BYTES: usize = 96 << 10;
+const LARGE_WARP_RING_BYTES: usize = 176 << 10;
 /// Bytes of the ring in shared memory: two blocks of kernels that follow one another have room, or one.
 const RING_BYTES: usize = 112 << 10;
 const LARGE_RING_BYTES: usize = 200 << 10;
@@ -42,6 +45,8 @@ pub(super) struct Cut {
     parts: usize,
     /// Runs of a sum.
     shares: usize,
+    /// No multiprocessor has two blocks at once.
+    alone: bool,
 }
 
 impl Cut {
@@ -74,6 +79,7 @@ impl Cut {
             grouped: false,
             parts: 1,
             shares: MANY_SHARES,
+            alone: true,
         };
         while cut.column_tiles < 4
             && weights.tiles() * column_tiles.div_ceil(cut.column_tiles) > target.multiprocessors
@@ -95,8 +101,15 @@ impl Cut {
                 _ => 4,
             };
             let column_tiles = column_tiles.next_power_of_two().min(4);
-            let (column_warps, parts, shares) = (0, 1, SHARES);
-            return Self { row_tiles, column_tiles, column_warps, grouped: false, parts, shares };
+            return Self {
+                row_tiles,
+                column_tiles,
+                column_warps: 0,
+                grouped: false,
+                parts: 1,
+                shares: SHARES,
+                alone: tiles.div_ceil(row_tiles) <= multiprocessors,
+            };
         }
         let candidate = |row_tiles, column_tiles, parts| Self {
             row_tiles,
@@ -110,6 +123,7 @@ impl Cut {
             grouped,
             parts,
             shares: SHARES,
+            alone: false,
         };
         // Of many turns, two blocks on a multiprocessor: one's beginning and end beside the other's products.
         if grouped && tiles > 12 * multiprocessors && column_tiles >= 16 {
@@ -165,17 +179,38 @@ impl Cut {
         (some, stages(some) * some * bytes)
     }
 
+    /// Where columns are few: blocks of terms that are under way to a warp's registers, and stages of its ring if a run has
+    /// more of them, or 0.
+    fn ahead(&self, weights: &Packed) -> (usize, usize) {
+        let share = weights.blocks().div_ceil(self.shares);
+        // So many blocks in registers, and runs that still go through them.
+        let (most, runs) = match (self.row_tiles, self.column_tiles) {
+            (1, 1) => (6, 8),
+            (1, 2) => (4, 4),
+            (1, _) | (2, _) => (3, 3),
+            _ => (2, 2),
+        };
+        let room = if self.alone { LARGE_WARP_RING_BYTES } else { WARP_RING_BYTES };
+        let stages = (room / (self.shares * self.warp_stage_bytes(weights))).min(8);
+        (most.min(share), if share > runs && stages >= 3 { stages } else { 0 })
+    }
+
+    fn warp_stage_bytes(&self, weights: &Packed) -> usize {
+        self.row_tiles * weights.encoding().block_bytes() + 512 * self.column_tiles
+    }
+
     fn factor_bytes(&self) -> usize {
         (4 * 8 * self.column_tiles).next_multiple_of(128)
     }
 
-    pub(super) fn macros(&self, weights: &Packed) -> [(&'static str, String); 8] {
-        let (share, (stage_blocks, ring)) = match self.is_many() {
-            true => (1, self.ring(weights)),
-            false => (weights.blocks().div_ceil(self.shares), (1, 0)),
+    pub(super) fn macros(&self, weights: &Packed) -> [(&'static str, String); 9] {
+        let ((ahead, warp_stages), (stage_blocks, ring)) = match self.is_many() {
+            true => ((1, 0), self.ring(weights)),
+            false => (self.ahead(weights), (1, 0)),
         };
         [
-            ("SHARE", share.to_string()),
+            ("AHEAD", ahead.to_string()),
+            ("WARP_STAGES", warp_stages.to_string()),
             ("ROW_TILES", self.row_tiles.to_string()),
             ("COLUMN_TILES", self.column_tiles.to_string()),
             ("COLUMN_WARPS", self.column_warps.to_string()),
@@ -194,7 +229,9 @@ impl Cut {
             let threads = 32 * self.row_warps() * self.column_warps;
             (threads, ring.max(sums))
         } else {
-            (32 * self.shares, self.shares * sums)
+            let (_, stages) = self.ahead(weights);
+            let ring = self.shares * stages * self.warp_stage_bytes(weights);
+            (32 * self.shares, ring.max(self.shares * sums))
         };
         Launch {
             grid: [

@@ -68,6 +68,11 @@ struct Narrow {
         words[0] = load_constant(block + lane_id() * 16);
         words[1] = load_constant(block + 512 + lane_id() * 16);
     }
+    // A warp's copy of a block to shared memory, which goes on by itself.
+    static DEVICE void copy(uint8_t* shared, const uint8_t* block) {
+        copy_async(shared + lane_id() * 16, block + lane_id() * 16);
+        copy_async(shared + 512 + lane_id() * 16, block + 512 + lane_id() * 16);
+    }
     DEVICE void load_shared(const uint8_t* block) {
         words[0] = load_pack<uint32_t, 4>(reinterpret_cast<const uint32_t*>(block + lane_id() * 16));
         words[1] = load_pack<uint32_t, 4>(reinterpret_cast<const uint32_t*>(block + 512 + lane_id() * 16));
@@ -120,6 +125,10 @@ struct Quantised {
     DEVICE void load(const uint8_t* block) {
         words = load_constant(block + lane_id() * 16);
         scales = load_constant_word(block + 512 + lane_id() / 4 * 4);
+    }
+    static DEVICE void copy(uint8_t* shared, const uint8_t* block) {
+        copy_async(shared + lane_id() * 16, block + lane_id() * 16);
+        if (lane_id() < 2) copy_async(shared + 512 + lane_id() * 16, block + 512 + lane_id() * 16);
     }
     DEVICE void load_shared(const uint8_t* block) {
         words = load_pack<uint32_t, 4>(reinterpret_cast<const uint32_t*>(block + lane_id() * 16));

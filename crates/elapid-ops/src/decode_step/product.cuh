@@ -4,8 +4,11 @@
 // That order: the blocks of 32 terms are cut into SHARES runs; each run is summed on the tensor cores from 0 on, block
 // after block, and the runs' sums are added in order; of W_out, whose runs are shared among blocks where columns are many, those
 // of two runs first, so that half as many sums go through memory. Two ways lead there.
-//   Few columns: a block's warps take a run each and multiply from registers, for ROW_TILES tiles of 16 rows and
-//   COLUMN_TILES tiles of 8 columns. Weights are asked for before the kernel waits for the one before it.
+//   Few columns: a block's warps take a run each, for ROW_TILES tiles of 16 rows and COLUMN_TILES tiles of 8 columns, and
+//   multiply from registers. Weights are asked for before the kernel waits for the one before it. Where a run has more blocks
+//   than registers can wait for at once, they come through a ring of WARP_STAGES stages in shared memory, each warp's own:
+//   to wait for some of the registers that are under way the compiler has the warp wait for all of them, so that a run takes
+//   the memory's latency at every block, while copies are waited for in their order.
 //   Many columns (COLUMN_WARPS > 0): the activations, which every block reads again, are what moves most, so blocks are
 //   large. A warp owns a tile of rows and a part of the columns and goes through all runs; weights and activations come
 //   through a ring of stages in shared memory, each byte once a block. As both lie in memory in the order of the tensor
@@ -36,10 +39,6 @@ constexpr int WIDE_THREADS = ROW_WARPS * COLUMN_WARPS * WARP;
 constexpr int FACTOR_BYTES = (COLUMNS * 4 + 127) / 128 * 128;
 DEVICE float* sums_of(float* room) { return room + FACTOR_BYTES / 4; }
 DEVICE const float* sums_of(const float* room) { return room + FACTOR_BYTES / 4; }
-// Blocks of terms under way to a warp's registers: no more than a run has (SHARE), so that the next kernels find room.
-constexpr int MOST_AHEAD = ROW_TILES == 1 ? (COLUMN_TILES == 1 ? 6 : COLUMN_TILES == 2 ? 4 : 3) : ROW_TILES == 2 ? 3 : 2;
-constexpr int AHEAD = SHARE < MOST_AHEAD ? SHARE : MOST_AHEAD;
-
 // W x, and the factors of columns.
 struct Product {
     const uint8_t* weights;
@@ -108,7 +107,7 @@ template <int COUNT> DEVICE void put_sums(float* from, int row_tile, int column_
             from[((column_tile + n) * TILE_COLUMNS + 2 * t + i % 2) * STRIDE + row_tile * TILE_ROWS + g + i / 2 * 8] = sums[n][i];
 }
 
-// `room` holds the columns' factors, then the sums of the runs: [run][column][row].
+// `room` holds the columns' factors, then the sums of the runs: [run][column][row], and before them the ring.
 // `before` runs while weights are on their way, and must not read what earlier kernels write.
 template <int SPLIT, class Before> DEVICE void multiply_few(const Product& product, float* room, Before before) {
     int64_t place0 = int64_t(blockIdx.x) * ROW_TILES, column_tile0 = int64_t(blockIdx.y) * COLUMN_TILES;
@@ -126,6 +125,64 @@ template <int SPLIT, class Before> DEVICE void multiply_few(const Product& produ
     for (int n = 0; n < COLUMN_TILES; ++n)
         x[n] = product.x + (least(column_tile0 + n, column_tiles - 1) * product.blocks + first) * COLUMN_BLOCK;
 
+    float sums[ROW_TILES][COLUMN_TILES][4];
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+        for (int n = 0; n < COLUMN_TILES; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[m][n][i] = 0.0f;
+#if WARP_STAGES > 0
+    constexpr int STAGE_WEIGHTS = ROW_TILES * Weights::BYTES, STAGE = STAGE_WEIGHTS + COLUMN_TILES * COLUMN_BLOCK;
+    uint8_t* ring = reinterpret_cast<uint8_t*>(sums_of(room)) + warp_id() * (WARP_STAGES * STAGE);
+    auto copy_weights = [&](int step, int stage) {
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m)
+            Weights::copy(ring + stage * STAGE + m * Weights::BYTES, weights[m] + int64_t(step) * Weights::BYTES);
+    };
+    auto copy_columns = [&](int step, int stage) {
+        uint8_t* to = ring + stage * STAGE + STAGE_WEIGHTS + lane_id() * 16;
+#pragma unroll
+        for (int n = 0; n < COLUMN_TILES; ++n)
+            copy_async(to + n * COLUMN_BLOCK, x[n] + int64_t(step) * COLUMN_BLOCK + lane_id() * 16);
+    };
+    for (int step = 0; step < WARP_STAGES - 1 && step < steps; ++step) copy_weights(step, step);
+    let_next_start();
+    before();
+    wait_for_previous();
+    for (int step = 0; step < WARP_STAGES - 1; ++step) {
+        if (step < steps) copy_columns(step, step);
+        commit_copies();
+    }
+    column_factors<SPLIT>(product, column_tile0 * TILE_COLUMNS, room);
+    int at_stage = 0, next_stage = WARP_STAGES - 1;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+        // This step's stage is there, and every lane has read the one before, which is filled anew.
+        wait_copies<WARP_STAGES - 2>();
+        __syncwarp();
+        if (step + WARP_STAGES - 1 < steps) {
+            copy_weights(step + WARP_STAGES - 1, next_stage);
+            copy_columns(step + WARP_STAGES - 1, next_stage);
+        }
+        commit_copies();
+        const uint8_t* stage = ring + at_stage * STAGE;
+        Pack<uint32_t, 4> b[COLUMN_TILES];
+#pragma unroll
+        for (int n = 0; n < COLUMN_TILES; ++n) b[n] = load_matrices(stage + STAGE_WEIGHTS + n * COLUMN_BLOCK);
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m) {
+            Weights a;
+            a.load_shared(stage + m * Weights::BYTES);
+            a.multiply(sums[m], b);
+        }
+        next_stage = at_stage;
+        at_stage = at_stage + 1 == WARP_STAGES ? 0 : at_stage + 1;
+    }
+    // The sums go where other warps' stages were.
+    wait_copies<0>();
+    __syncthreads();
+#else
     Weights a[AHEAD][ROW_TILES];
     Pack<uint32_t, 4> b[AHEAD][COLUMN_TILES];
 #pragma unroll
@@ -144,14 +201,6 @@ template <int SPLIT, class Before> DEVICE void multiply_few(const Product& produ
             for (int n = 0; n < COLUMN_TILES; ++n) b[j][n] = load_columns(x[n] + j * COLUMN_BLOCK);
         }
     column_factors<SPLIT>(product, column_tile0 * TILE_COLUMNS, room);
-
-    float sums[ROW_TILES][COLUMN_TILES][4];
-#pragma unroll
-    for (int m = 0; m < ROW_TILES; ++m)
-#pragma unroll
-        for (int n = 0; n < COLUMN_TILES; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sums[m][n][i] = 0.0f;
     for (int base = 0; base < steps; base += AHEAD) {
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j) {
@@ -168,6 +217,7 @@ template <int SPLIT, class Before> DEVICE void multiply_few(const Product& produ
             }
         }
     }
+#endif
     float* own = sums_of(room) + warp_id() * (COLUMNS * STRIDE);
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) put_sums(own, m, 0, sums[m]);

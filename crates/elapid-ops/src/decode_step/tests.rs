@@ -389,22 +389,31 @@ fn cuda_steps_of_a_batch_have_the_bits_of_each_sequence_alone() {
     }
 }
 
-/// Sums of many terms, in stages of three blocks; on a card, a real model's sizes.
+/// Sums of many terms, in stages of three blocks and through warps' rings; on a card, real models' sizes.
 #[test]
 fn cuda_steps_of_long_sums_have_the_bits_of_each_sequence_alone() {
+    let small = |width| Sizes { width, inner: 64, states: 4, ..plain() };
+    let real = |width, rank| Sizes { width, inner: 2 * width, rank, classes: 3000, ..plain() };
     for gpu in gpus() {
-        let small = Sizes { width: 768, inner: 64, states: 4, ..plain() };
-        let real = Sizes { width: 768, inner: 1536, rank: 48, classes: 3000, ..plain() };
-        let columns: &[usize] = if gpu.is_emulated() { &[33] } else { &[8, 33, 64, 128, 200] };
-        for encoding in [Encoding::Bf16, Encoding::Q8] {
-            let case = Case::new(&gpu, if gpu.is_emulated() { small } else { real }, encoding);
-            let sequences = [0, 32, 121, 198];
-            let alone = alone(&gpu, &case, &sequences);
-            for &columns in columns {
-                expect_bits_of_alone(&gpu, &case, columns, true, &sequences, &alone);
-            }
-            if gpu.is_emulated() {
-                break;
+        let cases: &[(Sizes, &[usize], &[Encoding])] = match gpu.is_emulated() {
+            true => &[
+                (small(768), &[33], &[Encoding::Bf16]),
+                (small(2080), &[12, 33], &[Encoding::Bf16]),
+                (small(2080), &[25], &[Encoding::Q8]),
+            ],
+            false => &[
+                (real(768, 48), &[8, 33, 64, 128, 200], &[Encoding::Bf16, Encoding::Q8]),
+                (real(2560, 160), &[8, 16, 32, 64], &[Encoding::Bf16, Encoding::Q8]),
+            ],
+        };
+        for &(sizes, columns, encodings) in cases {
+            for &encoding in encodings {
+                let case = Case::new(&gpu, sizes, encoding);
+                let sequences = [0, 5, 32, 121, 198];
+                let alone = alone(&gpu, &case, &sequences);
+                for &columns in columns {
+                    expect_bits_of_alone(&gpu, &case, columns, true, &sequences, &alone);
+                }
             }
         }
     }
