@@ -5,8 +5,8 @@
 // another. With g = lane / 4 and t = lane % 4, a lane's numbers within a block belong to columns 8 t to 8 t + 7.
 //   bf16: for each half s of a block and each lane 8 numbers: rows g, g + 8, g, g + 8, columns 8 t + 4 s + {0, 1, 0, 1 and 2,
 //         3, 2, 3} in pairs.
-//   q8:   for each lane 16 int8: rows g, g + 8, g, g + 8, columns 8 t + {0..3, 0..3, 4..7, 4..7}; then for each g the scales
-//         of rows g and g + 8 in half precision: 544 bytes a block.
+//   q8:   for each lane 16 int8: rows g, g + 8, g, g + 8, columns 8 t + {0 2 1 3, 0 2 1 3, 4 6 5 7, 4 6 5 7}: every other byte
+//         of a word is widened at once; then for each g the scales of rows g and g + 8 in half precision: 544 bytes a block.
 // Activations [columns, K] in bf16: tiles of 8 columns, blocks of 32, of which each has four matrices (first those of half
 // s = 0) of 8 columns by 8 terms, column by column: terms 8 t + 4 s + 2 h + {0, 1} of t = 0 to 3. So a matrix is 128
 // neighbouring bytes in which a lane finds its word at its own place, and which the tensor cores read from shared memory.
@@ -30,7 +30,7 @@ DEVICE int64_t quantised_place(int64_t row, int64_t term, int64_t blocks) {
     int64_t block = row / TILE_ROWS * blocks + term / BLOCK_TERMS;
     int r = int(row % TILE_ROWS), k = int(term % BLOCK_TERMS);
     int lane = r % 8 * 4 + k / 8;
-    return block * QUANTISED_BLOCK + lane * 16 + (k % 8 / 4 * 2 + r / 8) * 4 + k % 4;
+    return block * QUANTISED_BLOCK + lane * 16 + (k % 8 / 4 * 2 + r / 8) * 4 + k % 2 * 2 + k % 4 / 2;
 }
 DEVICE int64_t scale_place(int64_t row, int64_t term, int64_t blocks) {
     int64_t block = row / TILE_ROWS * blocks + term / BLOCK_TERMS;
@@ -101,19 +101,19 @@ struct Narrow {
     }
 };
 
-// Two int8 of a word, from byte FIRST on, as bf16.
+// Two int8 of a word as bf16: bytes 0 and 2, or 1 and 3.
 template <int FIRST> DEVICE uint32_t widen_bytes(uint32_t word) {
+    uint32_t own = word >> (8 * FIRST);
 #ifdef ON_CARD
     // 0x43 above a byte below 128 is 128 + that byte; the sign is worth another 128 of what is taken away.
-    uint32_t spread, result;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(spread) : "r"(word), "r"(0x43434343u), "n"(FIRST == 0 ? 0x4140 : 0x4342));
+    uint32_t result;
     asm("fma.rn.bf16x2 %0, %1, %2, %3;"
         : "=r"(result)
-        : "r"(spread & 0xff7fff7fu), "r"(0x3f803f80u), "r"((spread & 0xff80ff80u) ^ 0x80008000u));
+        : "r"((own & 0x00800080u) | 0x43004300u), "r"(0xbf80bf80u), "r"((own & 0x007f007fu) | 0x43004300u));
     return result;
 #else
-    auto number = [word](int byte) { return from_float<bf16>(float(int8_t(word >> 8 * byte))).bits; };
-    return uint32_t(number(FIRST)) | uint32_t(number(FIRST + 1)) << 16;
+    auto number = [own](int byte) { return from_float<bf16>(float(int8_t(own >> 8 * byte))).bits; };
+    return uint32_t(number(0)) | uint32_t(number(2)) << 16;
 #endif
 }
 
@@ -139,8 +139,8 @@ struct Quantised {
         for (int s = 0; s < 2; ++s) {
             a[s][0] = widen_bytes<0>(words.at[2 * s]);
             a[s][1] = widen_bytes<0>(words.at[2 * s + 1]);
-            a[s][2] = widen_bytes<2>(words.at[2 * s]);
-            a[s][3] = widen_bytes<2>(words.at[2 * s + 1]);
+            a[s][2] = widen_bytes<1>(words.at[2 * s]);
+            a[s][3] = widen_bytes<1>(words.at[2 * s + 1]);
         }
     }
     // sums += the scales times a block's sums.

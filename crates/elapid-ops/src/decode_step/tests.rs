@@ -279,7 +279,8 @@ fn cuda_packed_blocks_keep_their_numbers_and_scales() {
             assert!(kept.to_bits() == given.to_bits() || kept.is_nan() && given.is_nan());
             for (k, &number) in block[2..].iter().enumerate() {
                 let lane = r % 8 * 4 + k / 8;
-                assert_eq!(own[lane * 16 + (k % 8 / 4 * 2 + r / 8) * 4 + k % 4], number);
+                let byte = k % 2 * 2 + k % 4 / 2;
+                assert_eq!(own[lane * 16 + (k % 8 / 4 * 2 + r / 8) * 4 + byte], number);
             }
         }
     }
