@@ -234,13 +234,18 @@ fn time<R>(work: impl FnOnce() -> R) -> f64 {
     start.elapsed().as_secs_f64()
 }
 
-/// Runs `work(0..threads)` at once; seconds from the first start to the last end.
+/// Runs `work(0..threads)` at once, each on a processor of its own where there are enough, as otherwise two may share one for
+/// a whole sample; seconds from the first start to the last end.
 fn together(threads: usize, work: impl Fn(usize) + Sync) -> f64 {
     if threads <= 1 {
         return time(|| work(0));
     }
     let barrier = Barrier::new(threads);
+    let places = core_affinity::get_core_ids().filter(|places| places.len() >= threads);
     let run = |i: usize| {
+        if let Some(place) = places.as_ref().and_then(|places| places.get(i)) {
+            core_affinity::set_for_current(*place);
+        }
         barrier.wait();
         let start = Instant::now();
         work(i);
