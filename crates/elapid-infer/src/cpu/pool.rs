@@ -2,8 +2,9 @@
 //!
 //! A decode step has some hundred barriers of a few microseconds' work between them, so threads wait by spinning. A
 //! thread that waits long gives its processor away (another program, or more threads than processors, may need
-//! it), and one that has had no job for a while sleeps. Workers are pinned to processors of their own where the
-//! system allows; the caller's thread, which takes part in every job, is left as it is.
+//! it), and one that has had no job for a while sleeps. The threads are pinned to processors of their own where the
+//! system allows. The caller's thread, which must not be, takes no part and sleeps meanwhile: beside a worker on one
+//! processor it would have the job take as long as one thread does.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -21,7 +22,7 @@ const IDLE: Duration = Duration::from_millis(2);
 
 /// A thread's part in a job.
 pub(super) struct Member<'a> {
-    /// 0 for the caller's thread.
+    /// From 0 on.
     pub index: usize,
     /// How many there are.
     pub threads: usize,
@@ -83,6 +84,9 @@ struct Shared {
     barrier: Barrier,
     sleepers: Mutex<usize>,
     wake: Condvar,
+    /// True once all have finished the job; the caller sleeps until then.
+    done: Mutex<bool>,
+    all_done: Condvar,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
@@ -99,7 +103,7 @@ pub(super) struct Pool {
 }
 
 impl Pool {
-    /// The calling thread and `threads - 1` workers.
+    /// `threads` workers; a single one is the calling thread itself.
     ///
     /// # Errors
     /// If the system gives no thread.
@@ -113,6 +117,8 @@ impl Pool {
             barrier: Barrier::default(),
             sleepers: Mutex::new(0),
             wake: Condvar::new(),
+            done: Mutex::new(false),
+            all_done: Condvar::new(),
             panic: Mutex::new(None),
         });
         let mut pool = Self { threads, shared, workers: Vec::new() };
@@ -121,7 +127,7 @@ impl Pool {
         }
         // More threads than processors are left to the system.
         let places = core_affinity::get_core_ids().filter(|places| places.len() >= threads);
-        for index in 1..threads {
+        for index in 0..threads {
             let shared = Arc::clone(&pool.shared);
             let place = places.as_ref().map(|places| places[index]);
             let worker =
@@ -144,32 +150,28 @@ impl Pool {
     /// Runs `job` on every thread and returns when all are done. A panic of one is the caller's.
     pub(super) fn run(&mut self, job: &Job<'_>) {
         let shared = &*self.shared;
-        let member = Member { index: 0, threads: self.threads, barrier: &shared.barrier };
         if self.threads == 1 {
-            return job(&member);
+            return job(&Member { index: 0, threads: 1, barrier: &shared.barrier });
         }
         // SAFETY: only the lifetime changes; the job outlives this call, which ends after the last use.
         let erased: &'static Job<'static> = unsafe { std::mem::transmute(job) };
         // SAFETY: `self` is borrowed alone, and all workers have finished the job before.
         unsafe { *shared.job.get() = Some(erased) };
         shared.finished.store(0, Ordering::Relaxed);
+        *lock(&shared.done) = false;
         shared.epoch.fetch_add(1, Ordering::SeqCst);
         if *lock(&shared.sleepers) > 0 {
             shared.wake.notify_all();
         }
-        let own = guarded(shared, || job(&member));
-        let mut turns = 0;
-        while shared.finished.load(Ordering::Acquire) < self.threads - 1 {
-            pause(&mut turns);
+        let mut done = lock(&shared.done);
+        while !*done {
+            done = shared.all_done.wait(done).unwrap_or_else(PoisonError::into_inner);
         }
-        let theirs = lock(&shared.panic).take();
-        if own.is_some() || theirs.is_some() {
+        drop(done);
+        if let Some(panic) = lock(&shared.panic).take() {
             shared.barrier.arrived.store(0, Ordering::Relaxed);
             shared.barrier.broken.store(false, Ordering::Relaxed);
-            // The first cause, not the complaint of a thread that waited for it.
-            if let Some(panic) = theirs.or(own) {
-                resume_unwind(panic);
-            }
+            resume_unwind(panic);
         }
     }
 }
@@ -191,15 +193,6 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Runs a part of a job; a panic breaks the barrier, so that the others end too.
-fn guarded(shared: &Shared, part: impl FnOnce()) -> Option<Box<dyn Any + Send>> {
-    let panic = catch_unwind(AssertUnwindSafe(part)).err();
-    if panic.is_some() {
-        shared.barrier.broken.store(true, Ordering::Relaxed);
-    }
-    panic
-}
-
 fn work(shared: &Shared, index: usize, threads: usize) {
     let mut seen = 0;
     loop {
@@ -210,12 +203,16 @@ fn work(shared: &Shared, index: usize, threads: usize) {
         // SAFETY: the caller of the job waits until this worker has finished it.
         let job = unsafe { (*shared.job.get()).map(|job| &*job) };
         let member = Member { index, threads, barrier: &shared.barrier };
-        if let Some(job) = job
-            && let Some(panic) = guarded(shared, || job(&member))
-        {
+        let outcome = job.map(|job| catch_unwind(AssertUnwindSafe(|| job(&member))));
+        if let Some(Err(panic)) = outcome {
+            // The first cause is kept, not the complaint of a thread that waited for it; the others end too.
             lock(&shared.panic).get_or_insert(panic);
+            shared.barrier.broken.store(true, Ordering::Relaxed);
         }
-        shared.finished.fetch_add(1, Ordering::Release);
+        if shared.finished.fetch_add(1, Ordering::AcqRel) + 1 == threads {
+            *lock(&shared.done) = true;
+            shared.all_done.notify_one();
+        }
     }
 }
 
