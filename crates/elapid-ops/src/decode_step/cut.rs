@@ -17,18 +17,20 @@ const LARGE_WARP_RING_BYTES: usize = 176 << 10;
 const RING_BYTES: usize = 112 << 10;
 const LARGE_RING_BYTES: usize = 200 << 10;
 
-/// How many can multiply at once, and whether groups of four warps do.
+/// How many can multiply at once, whether groups of four warps do, and bytes of shared memory that a block can have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Target {
     pub multiprocessors: usize,
     pub grouped: bool,
+    pub shared: usize,
 }
 
 impl Target {
     pub(super) fn of(gpu: &Gpu) -> Self {
         // The emulation does as the newest card.
         let grouped = gpu.card().is_none_or(|card| card.capability() == (9, 0));
-        Self { multiprocessors: gpu.multiprocessors(), grouped }
+        let (multiprocessors, shared) = (gpu.multiprocessors(), gpu.shared_memory());
+        Self { multiprocessors, grouped, shared }
     }
 }
 
@@ -47,6 +49,8 @@ pub(super) struct Cut {
     shares: usize,
     /// No multiprocessor has two blocks at once.
     alone: bool,
+    /// Bytes of shared memory that a block can have.
+    shared: usize,
 }
 
 impl Cut {
@@ -80,6 +84,7 @@ impl Cut {
             parts: 1,
             shares: MANY_SHARES,
             alone: true,
+            shared: target.shared,
         };
         while cut.column_tiles < 4
             && weights.tiles() * column_tiles.div_ceil(cut.column_tiles) > target.multiprocessors
@@ -90,7 +95,7 @@ impl Cut {
     }
 
     fn choose(tiles: usize, columns: usize, target: Target, parts: &[usize]) -> Self {
-        let Target { multiprocessors, grouped } = target;
+        let Target { multiprocessors, grouped, shared } = target;
         let column_tiles = columns.div_ceil(8);
         if !Self::has_many(columns) {
             // All blocks on the card at once; of more, such that two are on a multiprocessor.
@@ -109,6 +114,7 @@ impl Cut {
                 parts: 1,
                 shares: SHARES,
                 alone: tiles.div_ceil(row_tiles) <= multiprocessors,
+                shared,
             };
         }
         let candidate = |row_tiles, column_tiles, parts| Self {
@@ -124,6 +130,7 @@ impl Cut {
             parts,
             shares: SHARES,
             alone: false,
+            shared,
         };
         // Of many turns, two blocks on a multiprocessor: one's beginning and end beside the other's products.
         if grouped && tiles > 12 * multiprocessors && column_tiles >= 16 {
@@ -169,7 +176,7 @@ impl Cut {
         let bytes = self.row_tiles * weights.encoding().block_bytes() + 512 * self.column_tiles;
         let stages = |some: usize| {
             let ring = if some > 3 { LARGE_RING_BYTES } else { RING_BYTES };
-            (ring / (some * bytes)).min(8)
+            (self.room(ring) / (some * bytes)).min(8)
         };
         let fits = |&some: &usize| {
             let able = some <= 3 || (self.grouped && self.column_tiles <= 8);
@@ -191,8 +198,13 @@ impl Cut {
             _ => (2, 2),
         };
         let room = if self.alone { LARGE_WARP_RING_BYTES } else { WARP_RING_BYTES };
-        let stages = (room / (self.shares * self.warp_stage_bytes(weights))).min(8);
+        let stages = (self.room(room) / (self.shares * self.warp_stage_bytes(weights))).min(8);
         (most.min(share), if share > runs && stages >= 3 { stages } else { 0 })
+    }
+
+    /// So many bytes for a ring, or what a block can have.
+    fn room(&self, bytes: usize) -> usize {
+        bytes.min(self.shared.saturating_sub(self.factor_bytes()))
     }
 
     fn warp_stage_bytes(&self, weights: &Packed) -> usize {
@@ -247,11 +259,46 @@ impl Cut {
 
 #[cfg(test)]
 mod tests {
+    use elapid_tensor::cuda::Gpu;
+
+    use super::super::{Encoding, Packed, Source};
     use super::{Cut, Target};
 
     #[test]
+    fn blocks_have_the_shared_memory_of_any_card() {
+        let gpu = match Gpu::emulated() {
+            Ok(gpu) => gpu,
+            Err(error) => {
+                eprintln!("SKIPPED: rings of weights on the emulation: {error}");
+                return;
+            }
+        };
+        let (rows, terms) = (160, 2560);
+        let values = gpu.zeros::<f32>(rows * terms).unwrap();
+        let source = Source::F32(values.slice());
+        for encoding in [Encoding::Bf16, Encoding::Q8] {
+            let weights = Packed::new(&gpu, source, (rows, terms), rows, encoding).unwrap();
+            for (shared, grouped) in [(99 << 10, false), (163 << 10, false), (227 << 10, true)] {
+                for multiprocessors in [1, 2, 5, 132] {
+                    let target = Target { multiprocessors, grouped, shared };
+                    for columns in [1, 16, 32, 33, 64, 128] {
+                        for cut in [
+                            Cut::of(target, &weights, columns),
+                            Cut::of_parts(target, &weights, columns),
+                            Cut::of_many_terms(target, &weights, columns),
+                        ] {
+                            let room = cut.launch(&weights, columns).shared as usize;
+                            assert!(room <= shared, "{cut:?}: {room} bytes of {shared}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
     fn blocks_fill_the_card_in_one_turn_where_they_can() {
-        let target = Target { multiprocessors: 132, grouped: true };
+        let target = Target { multiprocessors: 132, grouped: true, shared: 227 << 10 };
         let cut = |tiles, columns, parts: &[usize]| {
             let cut = Cut::choose(tiles, columns, target, parts);
             (cut.row_tiles, cut.column_tiles, cut.parts)

@@ -29,6 +29,7 @@ pub struct Card {
     name: String,
     total: usize,
     multiprocessors: usize,
+    shared_memory: usize,
     capability: (i32, i32),
     driver: i32,
     /// None before the first matrix product.
@@ -123,6 +124,8 @@ impl Card {
             attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
         );
         let multiprocessors = attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
+        let shared_memory =
+            attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize;
         // SAFETY: the device handle is the driver's own.
         let total = checked(&label, "cuDeviceTotalMem", unsafe { cu::device::total_mem(device) })?;
         // SAFETY: as above; the primary context is never released, as kernels live to the end of the program.
@@ -144,6 +147,7 @@ impl Card {
             name,
             total,
             multiprocessors,
+            shared_memory,
             capability,
             driver,
             multiplier,
@@ -192,6 +196,11 @@ impl Card {
     /// Multiprocessors.
     pub fn multiprocessors(&self) -> usize {
         self.multiprocessors
+    }
+
+    /// Bytes of shared memory that a block can have.
+    pub fn shared_memory(&self) -> usize {
+        self.shared_memory
     }
 
     /// Compute capability, as (9, 0).

@@ -235,6 +235,11 @@ impl Gpu {
         self.card().map_or(4, Card::multiprocessors)
     }
 
+    /// Bytes of shared memory that a block can have; the emulation's have as many as those of an H100.
+    pub fn shared_memory(&self) -> usize {
+        self.card().map_or(227 << 10, Card::shared_memory)
+    }
+
     /// The kernels of `source` with macros defined as given, compiled now, or taken from memory or the cache.
     ///
     /// # Errors
