@@ -202,9 +202,9 @@ impl Cut {
         (most.min(share), if share > runs && stages >= 3 { stages } else { 0 })
     }
 
-    /// So many bytes for a ring, or what a block can have.
+    /// So many bytes for a ring, or what a block can have beside its columns' factors and their slots, which take no more.
     fn room(&self, bytes: usize) -> usize {
-        bytes.min(self.shared.saturating_sub(self.factor_bytes()))
+        bytes.min(self.shared.saturating_sub(2 * self.factor_bytes()))
     }
 
     fn warp_stage_bytes(&self, weights: &Packed) -> usize {
@@ -287,7 +287,8 @@ mod tests {
                             Cut::of_parts(target, &weights, columns),
                             Cut::of_many_terms(target, &weights, columns),
                         ] {
-                            let room = cut.launch(&weights, columns).shared as usize;
+                            let slots = cut.factor_bytes();
+                            let room = cut.launch(&weights, columns).shared as usize + slots;
                             assert!(room <= shared, "{cut:?}: {room} bytes of {shared}");
                         }
                     }
