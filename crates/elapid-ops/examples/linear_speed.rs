@@ -141,7 +141,7 @@ fn measure(
     // SAFETY: nobody else uses the storage, which is filled before it is read.
     let activations: Activations<'_> = unsafe {
         for token in 0..tokens {
-            writer.write_row(token, &x[token * columns..]);
+            writer.write_row(token, tokens, &x[token * columns..]);
         }
         writer.activations(tokens, &x, columns)
     };

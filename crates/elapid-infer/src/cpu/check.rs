@@ -22,7 +22,7 @@ use crate::self_check::reference::{Parameters, Reference};
 use crate::{Checked, Error, Result, Rows, Trace};
 
 /// Tokens whose product is compared with that of one: more than are read row by row in any encoding.
-const TOKENS: usize = 9;
+const TOKENS: usize = 21;
 /// Rows of that comparison.
 const GROUP: usize = 8;
 
@@ -162,10 +162,6 @@ fn many_as_one(matrix: &Matrix, rows: Rows) -> Result<usize> {
     let x = x.repeat(TOKENS);
     let mut storage = Storage::new(matrix.encoding, TOKENS, matrix.columns);
     let writer = storage.writer();
-    for (token, x) in x.chunks_exact(matrix.columns.max(1)).enumerate() {
-        // SAFETY: nobody else uses the storage.
-        unsafe { writer.write_row(token, x) };
-    }
     let groups = match rows {
         Rows::All => 0..matrix.rows.div_ceil(GROUP),
         Rows::Sampled(_) => matrix.rows / 2 / GROUP..matrix.rows / 2 / GROUP + 1,
@@ -176,8 +172,11 @@ fn many_as_one(matrix: &Matrix, rows: Rows) -> Result<usize> {
         let run = |tokens: usize| {
             let mut y = vec![0.0f32; tokens * range.len()];
             let out = Output { pointer: y.as_mut_ptr(), stride: range.len() };
-            // SAFETY: the inputs are written and `y` has every token's rows.
+            // SAFETY: nobody else uses the storage; the inputs are written and `y` has every token's rows.
             unsafe {
+                for (token, x) in x.chunks_exact(matrix.columns.max(1)).take(tokens).enumerate() {
+                    writer.write_row(token, tokens, x);
+                }
                 let inputs = writer.activations(tokens, &x, matrix.columns);
                 product(&weight, &inputs, range.clone(), out);
             }

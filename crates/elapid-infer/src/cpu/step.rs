@@ -1,7 +1,7 @@
 //! One call of the engine: up to a chunk of tokens through every layer, all threads in step.
 //!
 //! Between the projections a thread keeps to its own channels, so a layer needs four meetings (and two more where
-//! inputs are rounded to integers): before the convolution nothing is exchanged but the normed rows.
+//! inputs are rounded to integers or taken apart): before the convolution nothing is exchanged but the normed rows.
 
 use std::ops::Range;
 
@@ -228,7 +228,7 @@ impl Frame<'_> {
                             None => Some(&*slice(self.out, token, d)),
                         };
                         layer.norm.run(out, residual, slice(self.normed, token, d));
-                        self.round_row(&layer.in_proj, self.normed, token);
+                        self.round_row(&layer.in_proj, self.normed, token, tokens);
                     }
                 }
             }
@@ -306,7 +306,7 @@ impl Frame<'_> {
                 sum.copy_from_slice(slice(self.residual, wanted[row], d));
                 let out = &*slice(self.out, wanted[row], d);
                 self.weights.norm.run(Some(out), &mut sum, slice(self.normed, row, d));
-                self.round_row(head, self.normed, row);
+                self.round_row(head, self.normed, row, wanted.len());
             }
         }
         member.wait();
@@ -332,10 +332,10 @@ impl Frame<'_> {
         &found.unwrap_or_else(|| unreachable!("every matrix has its room")).1
     }
 
-    /// Rounds one token's input of `matrix`.
-    unsafe fn round_row(&self, matrix: &Matrix, x: Rows, token: usize) {
+    /// Rounds the input of `matrix` for one of `tokens`.
+    unsafe fn round_row(&self, matrix: &Matrix, x: Rows, token: usize, tokens: usize) {
         // SAFETY: the caller's: the row is this thread's.
-        unsafe { self.writer(matrix).write_row(token, slice(x, token, matrix.columns)) };
+        unsafe { self.writer(matrix).write_row(token, tokens, slice(x, token, matrix.columns)) };
     }
 
     /// Rounds the inputs of `matrix`, each thread its share, and meets; nothing for floats.
@@ -348,7 +348,7 @@ impl Frame<'_> {
         unsafe {
             let rows = std::slice::from_raw_parts(x.pointer, tokens * x.stride);
             for unit in member.share(writer.units(tokens)) {
-                writer.write(unit, rows, x.stride);
+                writer.write(unit, tokens, rows, x.stride);
             }
         }
         member.wait();

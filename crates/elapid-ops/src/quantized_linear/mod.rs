@@ -7,6 +7,8 @@
 //! - **Floats** (`dense/`): x stays f32. In blocks of 512 columns, each lane of a vector adds up its terms by fused
 //!   multiply-adds in ascending order; the lanes are then added in halves, and the blocks one after the other: the same
 //!   bits on every machine with vectors as wide.
+//! - **bf16 where the processor has tiles** (`tiles.rs`; AMX on Linux): x is the sum of three bf16 numbers, exactly, whose
+//!   products the unit adds up in its own order: the same bits on every machine with tiles.
 //! - **Blocks of integers** (`integers.rs`): x is rounded to eight bits under a scale for each 32 (`q8_0`, `q4_0`) or
 //!   256 (`q4_k`, `q6_k`) elements ([`Activations`]). The integers of a block are added up exactly, then
 //!   `y ← fma(d_w d_x, Σ, y)` block after block: the same bits on every machine that fuses.
@@ -33,6 +35,14 @@ mod quads_x86;
 mod reference;
 #[cfg(test)]
 mod tests;
+#[cfg(any(test, target_arch = "x86_64"))]
+mod tiles;
+#[cfg(test)]
+mod tiles_emulated;
+#[cfg(test)]
+mod tiles_tests;
+#[cfg(target_arch = "x86_64")]
+mod tiles_x86;
 mod unpack;
 
 use std::ops::Range;
@@ -42,8 +52,17 @@ use rayon::prelude::*;
 
 use crate::blocks::Encoding;
 
+use activations::Kind;
 pub use activations::{Activations, Writer, block as rounding_block};
 pub use reference::reference;
+
+/// True if weights of bf16 are multiplied in the tiles of AMX.
+pub fn has_tiles() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return detected::has_tiles();
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
 
 /// Rows are best shared out in multiples of this.
 pub const ROW_GROUP: usize = 16;
@@ -123,10 +142,13 @@ pub unsafe fn product(weight: &Weight<'_>, x: &Activations<'_>, rows: Range<usiz
     }
     // SAFETY: the rows are the weight's, the input has its width and kind; the caller vouches for the output.
     unsafe {
-        if weight.encoding.is_quantized() {
-            integers::rows(weight, x, rows, out);
-        } else {
-            dense::rows(weight, x, rows, out);
+        match x.kind() {
+            Kind::Integers(_) => integers::rows(weight, x, rows, out),
+            Kind::Floats => dense::rows(weight, x, rows, out),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Parts => tiles_x86::rows(weight, x, rows, out),
+            #[cfg(not(target_arch = "x86_64"))]
+            Kind::Parts => unreachable!("no matrix unit"),
         }
     }
 }

@@ -6,7 +6,7 @@ use super::*;
 use crate::blocks::{Encoding, quantize};
 
 /// Values like weights and activations: most are small, some are large.
-fn values(seed: u64, count: usize, scale: f32) -> Vec<f32> {
+pub(super) fn values(seed: u64, count: usize, scale: f32) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     (0..count)
         .map(|_| {

@@ -224,7 +224,10 @@ fn heading<R>(document: &Document<R>) -> String {
         machine.processor.as_deref().unwrap_or("an unknown processor"),
         machine.system,
         machine.architecture,
-        machine.vector_code,
+        match machine.bf16_products {
+            "AMX" => format!("{}, AMX", machine.vector_code),
+            _ => machine.vector_code.clone(),
+        },
         document.threads,
         machine.cores,
         load(document.load_before),

@@ -161,6 +161,7 @@ fn table(report: &Report) -> Table {
     }
     table.row("cores", format!("{}, {} threads used", machine.cores, report.threads));
     table.row("vector code", &machine.vector_code);
+    table.row("bf16 products", machine.bf16_products);
     table.row("features", machine.features.join(" "));
     let memory = |value: Option<u64>| value.map_or("unknown".into(), bytes);
     table.row(

@@ -15,6 +15,8 @@ pub struct Machine {
     pub cores: usize,
     /// The instruction set that the vector code was chosen for.
     pub vector_code: String,
+    /// What multiplies weights of bf16 on the CPU.
+    pub bf16_products: &'static str,
     /// Instruction sets found at run time, of those that matter here.
     pub features: Vec<&'static str>,
     /// Linux only.
@@ -34,6 +36,7 @@ impl Machine {
             processor: value_of(&processor, "model name").map(str::to_owned),
             cores: thread::available_parallelism().map_or(1, usize::from),
             vector_code: vector_code(),
+            bf16_products: bf16_products(),
             features: features(),
             memory_bytes: kilobytes(&memory, "MemTotal"),
             free_bytes: kilobytes(&memory, "MemAvailable"),
@@ -50,6 +53,11 @@ fn vector_code() -> String {
         "Scalar" => "portable".into(),
         other => other.to_owned(),
     }
+}
+
+/// AMX, where its tiles multiply bf16, or the vector code, which does so after widening.
+fn bf16_products() -> &'static str {
+    if elapid_ops::quantized_linear::has_tiles() { "AMX" } else { "vector code" }
 }
 
 /// The first `key : value` line with that key.
