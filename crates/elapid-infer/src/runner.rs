@@ -15,6 +15,9 @@ use crate::{Error, Result, Sampling};
 /// Logits are made for so many values at a time (16 MB).
 pub(crate) const LOGITS_AT_ONCE: usize = 1 << 22;
 
+/// Tokens times channels of a call that reads prompts on a GPU.
+const READ_AT_ONCE: usize = 16_384 * 5120;
+
 /// Logits of some of the wanted tokens, which come in order.
 #[derive(Debug, Clone, Copy)]
 pub struct Logits<'a> {
@@ -57,10 +60,14 @@ impl Default for Reading {
 }
 
 impl Reading {
-    /// Of a GPU: products of 2,048 rows leave a part of a large one idle, and a call for one short prompt takes the host as
-    /// long to launch as several decode steps do. Activations of 8,192 tokens are some 0.7 GB with 2560 features and twice
-    /// as many channels.
-    pub(crate) const GPU: Self = Self { tokens: 8192, wait_for_slots_in: 16 };
+    /// Of a GPU: products of 2,048 rows leave a part of a large one idle, its scan wants a dozen prompts of narrow models at
+    /// once, and a call for one short prompt takes the host as long to launch as several decode steps do. Activations of a
+    /// call take some 17 bytes for each token and channel of the mixer, so up to 1.4 GB.
+    pub(crate) fn on_gpu(config: &MambaConfig) -> Self {
+        let tokens = (READ_AT_ONCE / config.d_inner().max(1)).max(1);
+        let tokens = 1 << tokens.ilog2().clamp(11, 15);
+        Self { tokens, wait_for_slots_in: 16 }
+    }
 }
 
 /// A model that is ready to run.
@@ -291,7 +298,10 @@ impl Runner for ModelRunner<'_> {
     }
 
     fn reading(&self) -> Reading {
-        if self.model.device() == Device::Cpu { Reading::default() } else { Reading::GPU }
+        match self.model.device() {
+            Device::Cpu => Reading::default(),
+            _ => Reading::on_gpu(self.config()),
+        }
     }
 
     fn run(

@@ -268,7 +268,7 @@ impl Runner for GpuEngine<'_> {
     }
 
     fn reading(&self) -> Reading {
-        Reading::GPU
+        Reading::on_gpu(self.config())
     }
 
     fn decode(

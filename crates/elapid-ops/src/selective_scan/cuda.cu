@@ -4,7 +4,8 @@
 // Every block works on one segment. One segment a sequence: selective_scan_forward alone. Several segments
 // (cuda_segments.cuh): selective_scan_ends (each segment's end state from zero and its sum of delta, as its decay is
 // exp(A sum delta)), selective_scan_combine (the true start of every segment, one after another),
-// selective_scan_forward.
+// selective_scan_forward. With as many sequences as fill the card, selective_scan_joined does all three in one pass over
+// whole sequences, with the same bits.
 #include "cuda_stage.cuh"
 
 #ifndef FORWARD_BLOCKS
@@ -29,9 +30,41 @@ struct ForwardArguments {
 
 constexpr int FORWARD_FLOATS = 2 * (STEPS * CHANNELS * 2 + 2 * MAP_FLOATS<1>) + CHANNEL_FLOATS;
 
+// The states of a lane through the pieces of a sequence that is cut, but walked from end to end: beside the states
+// themselves those that the piece makes from zero, which with its decay give the states that enter the next one, as
+// selective_scan_combine has them.
+template <bool JOINED> struct Pieces {
+    float start[HELD], own[HELD], size[PAIR];
+
+    DEVICE void begin(const float* h) {
+#pragma unroll
+        for (int k = 0; k < HELD; ++k) {
+            start[k] = h[k];
+            own[k] = 0.0f;
+        }
+#pragma unroll
+        for (int p = 0; p < PAIR; ++p) size[p] = 0.0f;
+    }
+    DEVICE void grow(int p, float delta) { size[p] += delta; }
+    DEVICE void step(int k, float decay, float input) { own[k] = advance(own[k], decay, input); }
+    DEVICE void end(const float* rates, float* h) {
+#pragma unroll
+        for (int k = 0; k < HELD; ++k) h[k] = advance(start[k], exp2_fast(size[k / OWN] * rates[k]), own[k]);
+        begin(h);
+    }
+};
+template <> struct Pieces<false> {
+    DEVICE void begin(const float*) {}
+    DEVICE void grow(int, float) {}
+    DEVICE void step(int, float, float) {}
+    DEVICE void end(const float*, float*) {}
+};
+
 // FAST: a full block with D, a gate and softplus, all of whose rows can be moved in packs. Most blocks are such, and
-// without the tests for all that they take a tenth (here) to a quarter (backward) less time.
-template <bool FAST> DEVICE void scan_forward(const ForwardArguments& args, const Place& place) {
+// without the tests for all that they take a tenth (here) to a quarter (backward) less time. JOINED: the segment is a whole
+// sequence, cut every `piece` tiles.
+template <bool FAST, bool JOINED>
+DEVICE void scan_forward(const ForwardArguments& args, const Place& place, int piece) {
     DYNAMIC_SHARED(float, shared);
     const Inputs& in = args.in;
     float2* pairs = reinterpret_cast<float2*>(shared);
@@ -135,6 +168,9 @@ template <bool FAST> DEVICE void scan_forward(const ForwardArguments& args, cons
         start = args.h0 + segment.slot * state_len;
     }
     lane.load(start, h);
+    Pieces<JOINED> pieces;
+    pieces.begin(h);
+    int next = piece;
 
     load_channels(of_channels, in, place);
     __syncthreads();
@@ -153,6 +189,10 @@ template <bool FAST> DEVICE void scan_forward(const ForwardArguments& args, cons
         if (tile + 1 < tiles.count) stage(raw, tile + 1);
         if (tile + 2 < tiles.count) load(raw, tile + 2);
         load_rest(rest, tile);
+        if (JOINED && tile == next) {
+            pieces.end(rates, h);
+            next += piece;
+        }
         if (args.chunks) lane.store(args.chunks + (segment.chunk + tile) * state_len, h);
         const PairRow row(pairs + (tile & 1) * STEPS * CHANNELS, lane.channel);
         float* own = output_place(pairs + (tile & 1) * STEPS * CHANNELS, threadIdx.x & 3, lane.channel);
@@ -170,11 +210,13 @@ template <bool FAST> DEVICE void scan_forward(const ForwardArguments& args, cons
 #pragma unroll
                 for (int p = 0; p < PAIR; ++p) {
                     y[p][j] = 0.0f;
+                    pieces.grow(p, step.delta[p]);
 #pragma unroll
                     for (int i = 0; i < OWN; ++i) {
                         float& state = h[p * OWN + i];
-                        float x = step.delta[p] * rates[p * OWN + i];
-                        state = exp2_fast(x) * state + step.value[p] * b[i];
+                        float decay = exp2_fast(step.delta[p] * rates[p * OWN + i]), input = step.value[p] * b[i];
+                        state = advance(state, decay, input);
+                        pieces.step(p * OWN + i, decay, input);
                         y[p][j] += c[i] * state;
                     }
                 }
@@ -192,20 +234,30 @@ template <bool FAST> DEVICE void scan_forward(const ForwardArguments& args, cons
     if (segment.flags & LAST) lane.store(args.last + segment.slot * state_len, h);
 }
 
-KERNEL(selective_scan_forward, ForwardArguments, 128, FORWARD_BLOCKS) {
+template <bool JOINED> DEVICE void any_scan_forward(const ForwardArguments& args, const int32_t* pieces) {
     const Inputs& in = args.in;
     const Place place = place_of(in);
+    const int piece = JOINED ? pieces[place.segment] : 0;
     bool fast = place.width == CHANNELS && in.d && in.z && in.softplus;
     fast = fast && fast_rows(in.u + place.channel0, in.u_stride);
     fast = fast && fast_rows(in.delta + place.channel0, in.delta_stride);
     fast = fast && fast_rows(in.z + place.channel0, in.z_stride);
     fast = fast && fast_rows(args.y + place.channel0, args.y_stride);
     if (fast) {
-        scan_forward<true>(args, place);
+        scan_forward<true, JOINED>(args, place, piece);
     } else {
-        scan_forward<false>(args, place);
+        scan_forward<false, JOINED>(args, place, piece);
     }
 }
+
+KERNEL(selective_scan_forward, ForwardArguments, 128, FORWARD_BLOCKS) { any_scan_forward<false>(args, nullptr); }
+
+struct JoinedArguments {
+    ForwardArguments scan;  // whose segments are whole sequences
+    const int32_t* pieces;  // [sequences]: tiles from cut to cut
+};
+
+KERNEL(selective_scan_joined, JoinedArguments, 128, FORWARD_BLOCKS) { any_scan_forward<true>(args.scan, args.pieces); }
 
 #include "cuda_segments.cuh"
 #include "cuda_backward.cuh"

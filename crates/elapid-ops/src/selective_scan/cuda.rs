@@ -2,7 +2,9 @@
 //!
 //! A block works on one segment of a sequence and a tile of channels. A sequence is one segment, or several where
 //! there would be too few blocks to fill the card: then one pass finds each segment's end from zero, a short serial
-//! pass the state that enters each, and all segments run at the same time. Backward is the mirror image.
+//! pass the state that enters each, and all segments run at the same time. Backward is the mirror image. Sequences that are
+//! cut only to be in a batch what they are alone, and are enough to fill the card whole, are walked from end to end, with the
+//! bits of cut ones.
 
 use elapid_tensor::autograd::Place;
 use elapid_tensor::cuda::{
@@ -118,6 +120,15 @@ struct ForwardArguments {
 }
 // SAFETY: the layout of `ForwardArguments` in cuda.cu.
 unsafe impl KernelArguments for ForwardArguments {}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct JoinedArguments {
+    scan: ForwardArguments,
+    pieces: u64,
+}
+// SAFETY: the layout of `JoinedArguments` in cuda.cu.
+unsafe impl KernelArguments for JoinedArguments {}
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -298,8 +309,11 @@ pub fn forward<T: GpuElement>(
         None => gpu.zeros(plan.state_len())?,
     };
     let chunks = save.then(|| gpu.scratch::<f32>(plan.chunks * plan.matrix())).transpose()?;
-    let starts = inputs.entering(gpu, None, inputs.state)?;
-    let arguments = ForwardArguments {
+    let starts = match plan.joined {
+        Some(_) => None,
+        None => inputs.entering(gpu, None, inputs.state)?,
+    };
+    let mut arguments = ForwardArguments {
         inputs: inputs.arguments()?,
         h0: optional(OP, "state", inputs.state, plan.state_len())?,
         starts: starts.as_ref().map_or(0, DeviceBuffer::address),
@@ -308,9 +322,19 @@ pub fn forward<T: GpuElement>(
         y: y.address(),
         y_stride: plan.channels as i64,
     };
-    let kernel = inputs.module(gpu)?.kernel("selective_scan_forward")?;
+    let (module, floats) = (inputs.module(gpu)?, plan.shape.forward_floats);
     // SAFETY: the extents of all arrays were checked by `arguments`; the others were made here.
-    unsafe { gpu.launch(&kernel, plan.launch(plan.shape.forward_floats), &arguments)? };
+    unsafe {
+        if let Some(joined) = &plan.joined {
+            arguments.inputs.segments = joined.sequences.address();
+            let arguments = JoinedArguments { scan: arguments, pieces: joined.pieces.address() };
+            let kernel = module.kernel("selective_scan_joined")?;
+            gpu.launch(&kernel, plan.launch_joined(floats), &arguments)?;
+        } else {
+            let kernel = module.kernel("selective_scan_forward")?;
+            gpu.launch(&kernel, plan.launch(floats), &arguments)?;
+        }
+    }
     Ok((y, last, chunks.map(Chunks)))
 }
 

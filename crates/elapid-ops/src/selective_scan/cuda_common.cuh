@@ -87,6 +87,15 @@ DEVICE float step_size(float x, bool with_softplus, float* slope = nullptr) {
     return x;
 }
 
+// A state a step further. Kernels that come to the same state by different ways must round alike.
+DEVICE float advance(float state, float decay, float input) {
+#ifdef ON_CARD
+    return __fmaf_rn(decay, state, input);
+#else
+    return decay * state + input;
+#endif
+}
+
 // ---- Loads ----------------------------------------------------------------------------------------------------
 
 // COUNT elements as loaded. Kept as words: single 16-bit elements would be taken apart, and so waited for, at once.

@@ -25,6 +25,9 @@ const BLOCKS: [usize; 2] = [5, 3];
 const WORTH_CUTTING: usize = 4;
 /// The same where each sequence is cut so that it fills the card alone: it may come with others, which then need no cuts.
 const WORTH_CUTTING_ALONE: usize = 6;
+/// Blocks a multiprocessor, one for each whole sequence and tile of channels, from which on sequences that are cut to be
+/// alone what they are in a batch are walked from end to end, in one pass instead of two.
+const WORTH_JOINING: f64 = 1.8;
 
 /// How sequences are cut into segments.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,8 +57,19 @@ pub struct Plan {
     pub(super) segments: DeviceBuffer<[i64; 4]>,
     /// Where each sequence's segments begin, and their number at the end.
     pub(super) run_starts: DeviceBuffer<i32>,
+    /// Set if forward walks cut sequences from end to end.
+    pub(super) joined: Option<Joined>,
     pub(super) chunks: usize,
     pub(super) count: usize,
+}
+
+/// Cut sequences as forward takes them if they are enough to fill the card.
+#[derive(Debug)]
+pub(super) struct Joined {
+    /// Each sequence as a segment.
+    pub(super) sequences: DeviceBuffer<[i64; 4]>,
+    /// Tiles from cut to cut of each.
+    pub(super) pieces: DeviceBuffer<i32>,
 }
 
 /// The shape of a block, as the kernels derive it from the number of states and of a lane's channels.
@@ -114,19 +128,19 @@ impl Shape {
     ) -> Self {
         let (narrow, wide) = (Self::new(states, 1), Self::new(states, 2));
         let tiles = |shape: &Self| groups * (channels / groups).div_ceil(shape.channels);
-        let many = |segments: usize| {
-            (tiles(&wide) * segments) as f64 >= WORTH_PAIRING * gpu.multiprocessors() as f64
+        let many = |segments: f64| {
+            tiles(&wide) as f64 * segments >= WORTH_PAIRING * gpu.multiprocessors() as f64
         };
         let worth_pairing = states <= PAIRED_STATES
             && match cut {
                 Cut::Fill => {
                     let pieces = wide.pieces(gpu, tiles(&wide) * sequences.len());
                     let long = longest(sequences) / pieces.max(1) >= WORTH_PAIRING_SEGMENTS;
-                    many(sequences.len()) || (pieces >= WORTH_CUTTING && long)
+                    many(sequences.len() as f64) || (pieces >= WORTH_CUTTING && long)
                 }
                 Cut::Alone => {
-                    let size = |len| narrow.segment(gpu, tiles(&narrow), len, WORTH_CUTTING_ALONE);
-                    many(sequences.iter().map(|s| s.len.div_ceil(size(s.len)).max(1)).sum())
+                    let alone = Alone::of(gpu, &narrow, tiles(&narrow), sequences);
+                    many(if alone.joined { alone.alike } else { alone.segments as f64 })
                 }
                 Cut::Every(_) | Cut::Never => false,
             };
@@ -146,6 +160,30 @@ impl Shape {
             return usize::MAX;
         }
         longest.div_ceil(pieces).next_multiple_of(self.steps).max(4 * self.steps)
+    }
+
+    /// Tokens of a segment of a sequence that is cut by itself.
+    fn alone(&self, gpu: &Gpu, tiles: usize, len: usize) -> usize {
+        self.segment(gpu, tiles, len, WORTH_CUTTING_ALONE)
+    }
+}
+
+/// How sequences are divided that are cut each by itself.
+struct Alone {
+    segments: usize,
+    /// How many sequences as long as the longest would have as many tokens: shorter ones leave the card to it.
+    alike: f64,
+    /// Whether whole sequences are enough to fill the card.
+    joined: bool,
+}
+
+impl Alone {
+    fn of(gpu: &Gpu, shape: &Shape, tiles: usize, sequences: &Sequences) -> Self {
+        let pieces = |len: usize| len.div_ceil(shape.alone(gpu, tiles, len)).max(1);
+        let segments = sequences.iter().map(|s| pieces(s.len)).sum();
+        let alike = sequences.tokens() as f64 / longest(sequences).max(1) as f64;
+        let fills = tiles as f64 * alike >= WORTH_JOINING * gpu.multiprocessors() as f64;
+        Self { segments, alike, joined: fills && segments > sequences.len() }
     }
 }
 
@@ -191,32 +229,43 @@ impl Plan {
             Cut::Alone => 0,
         };
         let (mut rows, mut starts, mut runs) = (Vec::new(), vec![0], Vec::new());
+        let (mut whole, mut tiles_of_pieces) = (Vec::new(), Vec::new());
         let mut chunks = 0;
         for s in sequences {
             let first = rows.len();
+            let row = |begin: usize, length: usize, ends: i64| {
+                let flags = ends | i64::from(s.continued) << 2;
+                [
+                    (s.start + begin) as i64,
+                    length as i64,
+                    (chunks + begin / shape.steps) as i64,
+                    s.slot as i64 | flags << 32,
+                ]
+            };
             let size = match cut {
-                Cut::Alone => narrow.segment(gpu, narrow_tiles, s.len, WORTH_CUTTING_ALONE),
+                Cut::Alone => narrow.alone(gpu, narrow_tiles, s.len),
                 _ => size,
             };
             let pieces = s.len.div_ceil(size).max(1);
             for piece in 0..pieces {
                 let begin = piece * size.min(s.len);
                 let length = size.min(s.len - begin);
-                let flags = i64::from(piece == 0)
-                    | i64::from(piece + 1 == pieces) << 1
-                    | i64::from(s.continued) << 2;
-                rows.push([
-                    (s.start + begin) as i64,
-                    length as i64,
-                    (chunks + begin / shape.steps) as i64,
-                    s.slot as i64 | flags << 32,
-                ]);
+                let ends = i64::from(piece == 0) | i64::from(piece + 1 == pieces) << 1;
+                rows.push(row(begin, length, ends));
             }
+            whole.push(row(0, s.len, 3));
+            tiles_of_pieces.push(i32::try_from(size / shape.steps).unwrap_or(i32::MAX));
             chunks += s.len.div_ceil(shape.steps);
             runs.push(first..rows.len());
             starts.push(rows.len() as i32);
         }
+        let joined = cut == Cut::Alone && Alone::of(gpu, &narrow, narrow_tiles, sequences).joined;
+        let joined = joined.then(|| -> Result<Joined> {
+            let (sequences, pieces) = (gpu.upload(&whole)?, gpu.upload(&tiles_of_pieces)?);
+            Ok(Joined { sequences, pieces })
+        });
         Ok(Self {
+            joined: joined.transpose()?,
             channels,
             states,
             groups,
@@ -265,7 +314,16 @@ impl Plan {
 
     /// One block a segment and tile.
     pub(super) fn launch(&self, floats: usize) -> Launch {
-        let blocks = self.count * self.groups * self.tiles();
+        self.blocks(self.count, floats)
+    }
+
+    /// One block a sequence and tile.
+    pub(super) fn launch_joined(&self, floats: usize) -> Launch {
+        self.blocks(self.runs.len(), floats)
+    }
+
+    fn blocks(&self, segments: usize, floats: usize) -> Launch {
+        let blocks = segments * self.groups * self.tiles();
         Launch { shared: (4 * floats) as u32, ..Launch::linear(blocks as u32, THREADS as u32) }
     }
 

@@ -116,7 +116,8 @@ template <bool BACKWARD, bool FAST> DEVICE void segment_ends(const EndsArguments
                     for (int i = 0; i < OWN; ++i) {
                         float& state = h[p * OWN + i];
                         float decay = exp2_fast(step.delta[p] * rates[p * OWN + i]);
-                        state = BACKWARD ? decay * (state + step.value[p] * m[i]) : decay * state + step.value[p] * m[i];
+                        float input = step.value[p] * m[i];
+                        state = BACKWARD ? decay * (state + input) : advance(state, decay, input);
                     }
                 }
             }
@@ -190,7 +191,7 @@ KERNEL(selective_scan_combine, CombineArguments, 128, 4) {
             if (k0 + k >= count) break;
             int64_t at = first + (args.backward ? count - 1 - k0 - k : k0 + k);
             args.states[at * state_len + i] = h;
-            h = decays[k] * h + ends[k];
+            h = advance(h, decays[k], ends[k]);
         }
     }
 }

@@ -137,6 +137,35 @@ fn sequences_that_are_cut_each_by_itself_are_in_a_batch_what_they_are_alone() {
 }
 
 #[test]
+fn whole_sequences_that_fill_the_card_have_the_bits_of_cut_ones() {
+    for gpu in gpus() {
+        // One block holds the channels of a sequence in both cases, in lanes of one channel and of two.
+        for (channels, pair) in [(34, 1), (96, 2)] {
+            let lengths: Vec<(usize, bool)> = (0..2 * gpu.multiprocessors())
+                .map(|i| (300 - 7 * (i % 3) - 64 * (i % 2), i % 3 > 0))
+                .take(if pair == 1 { usize::MAX } else { gpu.multiprocessors() + 2 })
+                .collect();
+            let case = Case::random(14, scattered(&lengths), channels, 16, [Some(1); 2], false);
+            let plan = |sequences: &Sequences| {
+                Plan::new(&gpu, sequences, (channels, 1, 16), Cut::Alone).unwrap()
+            };
+            let whole = plan(&case.sequences);
+            assert!(whole.joined.is_some() && whole.shape.pair == pair, "{channels} channels");
+            let all = run::<bf16>(&gpu, &case, Cut::Alone);
+            for (index, s) in case.sequences.iter().enumerate().take(7) {
+                let own = case.alone(index);
+                let alone = plan(&own.sequences);
+                assert!(alone.joined.is_none() && alone.is_cut());
+                let alone = run::<bf16>(&gpu, &own, Cut::Alone);
+                assert_eq!(all.y[s.start * channels..][..s.len * channels], alone.y);
+                let state = channels * 16;
+                assert_eq!(all.last[s.slot * state..][..state], alone.last);
+            }
+        }
+    }
+}
+
+#[test]
 fn lanes_of_two_channels_give_the_bits_of_lanes_of_one() {
     for gpu in gpus() {
         // Enough for two channels a lane.
