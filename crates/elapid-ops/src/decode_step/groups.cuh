@@ -10,12 +10,10 @@
 DEVICE Pack<uint32_t, 4> load_matrices(const void* shared) {
     Pack<uint32_t, 4> words;
 #ifdef ON_CARD
-    asm volatile(
-        "{\n.reg .u64 wide;\n.reg .u32 place;\ncvta.to.shared.u64 wide, %4;\ncvt.u32.u64 place, wide;\n"
-        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [place];\n}"
-        : "=r"(words.at[0]), "=r"(words.at[1]), "=r"(words.at[2]), "=r"(words.at[3])
-        : "l"(static_cast<const uint8_t*>(shared) + lane_id() * 16)
-        : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.at[0]), "=r"(words.at[1]), "=r"(words.at[2]), "=r"(words.at[3])
+                 : "r"(place_of_shared(static_cast<const uint8_t*>(shared) + lane_id() * 16))
+                 : "memory");
 #else
     const uint32_t* from = static_cast<const uint32_t*>(shared);
     for (int i = 0; i < 4; ++i) words.at[i] = from[i * WARP + lane_id()];

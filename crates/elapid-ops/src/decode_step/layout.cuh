@@ -109,7 +109,8 @@ template <int FIRST> DEVICE uint32_t widen_bytes(uint32_t word) {
     uint32_t result;
     asm("fma.rn.bf16x2 %0, %1, %2, %3;"
         : "=r"(result)
-        : "r"((own & 0x00800080u) | 0x43004300u), "r"(0xbf80bf80u), "r"((own & 0x007f007fu) | 0x43004300u));
+        : "r"((own & (0x00800080u + hidden_zero())) | 0x43004300u), "r"(0xbf80bf80u),
+          "r"((own & (0x007f007fu + hidden_zero())) | 0x43004300u));
     return result;
 #else
     auto number = [own](int byte) { return from_float<bf16>(float(int8_t(own >> 8 * byte))).bits; };

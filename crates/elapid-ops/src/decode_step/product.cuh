@@ -108,8 +108,10 @@ template <int COUNT> DEVICE void put_sums(float* from, int row_tile, int column_
 }
 
 // `room` holds the columns' factors, then the sums of the runs: [run][column][row], and before them the ring.
-// `before` runs while weights are on their way, and must not read what earlier kernels write.
-template <int SPLIT, class Before> DEVICE void multiply_few(const Product& product, float* room, Before before) {
+// `before` runs while weights are on their way, and must not read what earlier kernels write; `after` when it may, while the
+// activations are on theirs.
+template <int SPLIT, class Before, class After>
+DEVICE void multiply_few(const Product& product, float* room, Before before, After after) {
     int64_t place0 = int64_t(blockIdx.x) * ROW_TILES, column_tile0 = int64_t(blockIdx.y) * COLUMN_TILES;
     int64_t share = ceil_div(product.blocks, SPLIT), first = warp_id() * share;
     int steps = int(most<int64_t>(0, least<int64_t>(share, product.blocks - first)));
@@ -154,6 +156,7 @@ template <int SPLIT, class Before> DEVICE void multiply_few(const Product& produ
         if (step < steps) copy_columns(step, step);
         commit_copies();
     }
+    after();
     column_factors<SPLIT>(product, column_tile0 * TILE_COLUMNS, room);
     int at_stage = 0, next_stage = WARP_STAGES - 1;
 #pragma unroll 1
@@ -200,6 +203,7 @@ template <int SPLIT, class Before> DEVICE void multiply_few(const Product& produ
 #pragma unroll
             for (int n = 0; n < COLUMN_TILES; ++n) b[j][n] = load_columns(x[n] + j * COLUMN_BLOCK);
         }
+    after();
     column_factors<SPLIT>(product, column_tile0 * TILE_COLUMNS, room);
     for (int base = 0; base < steps; base += AHEAD) {
 #pragma unroll
@@ -375,11 +379,13 @@ template <int SPLIT> struct Block {
     static constexpr int EACH = (COLUMNS + STEP - 1) / STEP;
 };
 
-template <int SPLIT, class Before> DEVICE void multiply(const Product& product, float* room, Before before) {
+template <int SPLIT, class Before, class After>
+DEVICE void multiply(const Product& product, float* room, Before before, After after) {
 #if COLUMN_WARPS > 0
     multiply_whole(product, room, before);
+    after();
 #else
-    multiply_few<SPLIT>(product, room, before);
+    multiply_few<SPLIT>(product, room, before, after);
 #endif
 }
 

@@ -85,7 +85,7 @@ KERNEL(decode_input, InputArguments, Block<SHARES>::THREADS, FEW_COLUMNS_BLOCKS)
             int32_t slot = sequence_of(column) < args.product.columns ? args.slots[sequence_of(column)] : -1;
             if (slot >= 0) fetch_ahead(tail + slot * tail_stride);
         }
-    });
+    }, []() {});
 #pragma unroll 1
     for (int turn = 0; turn < EACH; turn += TURN) {
         if (!EARLY) load(turn);
@@ -124,7 +124,7 @@ template <int SPLIT> DEVICE void project_rows(const RowsArguments& args, float* 
     Own<SPLIT> own(args.product);
     int64_t row = own.tile * TILE_ROWS + own.tile_row;
     bool has_row = own.tile >= 0 && row < args.rows;
-    multiply<SPLIT>(args.product, room, []() {});
+    multiply<SPLIT>(args.product, room, []() {}, []() {});
 #pragma unroll 4
     for (int i = 0; i < Block<SPLIT>::EACH; ++i) {
         int column = own.column(i);
@@ -187,25 +187,41 @@ KERNEL(decode_output, OutputArguments, SHARES * WARP, FEW_COLUMNS_BLOCKS) {
     int64_t row = own.tile * TILE_ROWS + own.tile_row;
     bool has_row = own.tile >= 0 && row < args.rows;
     float bias = 0.0f, norm = 0.0f;
-    multiply<SHARES>(args.product, room, [&]() {
-        if (!has_row) return;
-        if (args.bias) bias = args.bias[row];
-        norm = args.norm[row];
-    });
-    // Every thread takes part in the sums of squares.
-#pragma unroll 2
-    for (int i = 0; i < Block<SHARES>::EACH; ++i) {
-        int column = own.column(i);
+    // Of few columns the residual stream is asked for early.
+    constexpr int EACH = Block<SHARES>::EACH;
+    constexpr bool EARLY = EACH <= 3;
+    float before[EARLY ? EACH : 1];
+    auto residual_of = [&](int column) {
         bool filled = column < COLUMNS && sequence_of(column) < args.product.columns;
+        return filled && has_row ? args.residual + sequence_of(column) * args.rows + row : nullptr;
+    };
+    multiply<SHARES>(
+        args.product, room,
+        [&]() {
+            if (!has_row) return;
+            if (args.bias) bias = args.bias[row];
+            norm = args.norm[row];
+        },
+        [&]() {
+#pragma unroll
+            for (int i = 0; EARLY && i < EACH; ++i) {
+                const float* residual = residual_of(own.column(i));
+                before[i] = residual ? load_fresh(residual) : 0.0f;
+            }
+        });
+    // Every thread takes part in the sums of squares.
+#pragma unroll EARLY ? EACH : 2
+    for (int i = 0; i < EACH; ++i) {
+        int column = own.column(i);
+        float* residual = residual_of(column);
         float value = 0.0f;
-        if (filled && has_row) {
-            float* residual = args.residual + sequence_of(column) * args.rows + row;
-            value = total<SHARES, true>(room, own.row, column) + bias + load_fresh(residual);
+        if (residual) {
+            value = total<SHARES, true>(room, own.row, column) + bias + (EARLY ? before[EARLY ? i : 0] : load_fresh(residual));
             *residual = value;
             if (args.x) args.x[activation_place(sequence_of(column), row, args.row_blocks)] = from_float<bf16>(value * norm);
         }
         float squares = warp_sum<TILE_ROWS>(value * value);
-        if (args.x && own.tile_row == 0 && filled && own.tile >= 0)
+        if (args.x && own.tile_row == 0 && residual)
             args.squares[sequence_of(column) * args.product.row_tiles + own.tile] = squares;
     }
 }

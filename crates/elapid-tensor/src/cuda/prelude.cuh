@@ -248,14 +248,19 @@ DEVICE void fetch_ahead(const void* from) {
 #endif
 }
 
+// Where something lies in shared memory, as instructions want it. The compiler sees through it, so that it calculates with words.
+#ifdef ON_CARD
+DEVICE uint32_t place_of_shared(const void* shared) { return uint32_t(__cvta_generic_to_shared(shared)); }
+#endif
+
+// Zero, but the compiler does not know: constants that it is added to stay in registers instead of being made for each use.
+DEVICE uint32_t hidden_zero() { return threadIdx.z; }
+
 // Copies of 16 bytes into shared memory that go on while the thread does. Those since the last commit_copies are a group;
 // wait_copies<N> waits for all groups of this thread but the N last. Other threads see them after a barrier.
 DEVICE void copy_async(void* shared, const void* from) {
 #ifdef ON_CARD
-    asm volatile(
-        "{\n.reg .u64 wide;\n.reg .u32 place;\ncvta.to.shared.u64 wide, %0;\ncvt.u32.u64 place, wide;\n"
-        "cp.async.cg.shared.global.L2::128B [place], [%1], 16;\n}" ::"l"(shared), "l"(from)
-        : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(place_of_shared(shared)), "l"(from) : "memory");
 #else
     emulation::copy_async(shared, from);
 #endif
