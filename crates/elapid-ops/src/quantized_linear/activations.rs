@@ -1,8 +1,9 @@
 //! The inputs of a product: f32 as they are, the same as sums of bf16, or rounded to eight bits in blocks.
 //!
-//! Where a matrix unit multiplies bf16, an input x is the sum of [`PARTS`] such numbers: x without its last 16 bits, the
-//! same of what is left, and the rest, which has no more than eight bits. The sum is x exactly, but for what the last parts
-//! lose below 2^-126; a part is subtracted only from finite numbers, so infinities and NaN stand in the first part alone.
+//! Where a matrix unit multiplies bf16, an input x is the sum of [`PARTS`] such numbers: x without its last 16 bits,
+//! the same of what is left, and the rest, which has no more than eight bits. The sum is x exactly, but for what the
+//! last parts lose below 2^-126; a part is subtracted only from finite numbers, so infinities and NaN stand in the
+//! first part alone.
 //!
 //! A block of 32 or 256 elements has the scale `d = max |x| / 127` and the integers `round(x / d)`, ties to even. They
 //! are kept as bytes and as 16-bit numbers, since kernels differ in what they multiply, with the sum of every 32.
@@ -73,10 +74,10 @@ struct Line([u16; PARTS_BLOCK]);
 
 /// Where the parts of inputs lie: in tiles of sixteen rows by 32 columns, zeros after the last column.
 ///
-/// The parts of more than [`FEW`] tokens are rows, [T, PARTS], and a tile has sixteen of them; tiles of the same rows lie
-/// one after the other. Up to so many tokens lie as the other factor of a product of tiles: a row has the same pair of
-/// columns of five tokens, high parts first, then middle and low ones; two tiles, which are ten tokens, lie beside each
-/// other for each 32 columns.
+/// The parts of more than [`FEW`] tokens are rows, [T, PARTS], and a tile has sixteen of them; tiles of the same rows
+/// lie one after the other. Up to so many tokens lie as the other factor of a product of tiles: a row has the same pair
+/// of columns of five tokens, high parts first, then middle and low ones; two tiles, which are ten tokens, lie beside
+/// each other for each 32 columns.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Parts {
     lines: *mut Line,

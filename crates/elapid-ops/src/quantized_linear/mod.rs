@@ -7,8 +7,8 @@
 //! - **Floats** (`dense/`): x stays f32. In blocks of 512 columns, each lane of a vector adds up its terms by fused
 //!   multiply-adds in ascending order; the lanes are then added in halves, and the blocks one after the other: the same
 //!   bits on every machine with vectors as wide.
-//! - **bf16 where the processor has tiles** (`tiles.rs`; AMX on Linux): x is the sum of three bf16 numbers, exactly, whose
-//!   products the unit adds up in its own order: the same bits on every machine with tiles.
+//! - **bf16 where the processor has tiles** (`tiles.rs`; AMX on Linux): x is the sum of three bf16 numbers, exactly,
+//!   whose products the unit adds up in its own order: the same bits on every machine with tiles.
 //! - **Blocks of integers** (`integers.rs`): x is rounded to eight bits under a scale for each 32 (`q8_0`, `q4_0`) or
 //!   256 (`q4_k`, `q6_k`) elements ([`Activations`]). The integers of a block are added up exactly, then
 //!   `y ← fma(d_w d_x, Σ, y)` block after block: the same bits on every machine that fuses.

@@ -3,13 +3,13 @@
 //! An f32 input is the sum of three bf16 numbers, its **parts**, exactly (`activations.rs`): so nothing is rounded that
 //! the other kernels do not round, and the unit multiplies parts, [3 T, columns], with the weight. The order of
 //! sums is the unit's own, as measured of `TDPBF16PS`: columns are cut into runs of [`RUN`]; in a run, for each part,
-//! `s ← s + (e + o)` over blocks of 32 columns, where e and o are chains of fused multiply-adds over the even and the odd
-//! columns of the block from zero on, and numbers below 2^-126 count as zero. A run's sums are added as
+//! `s ← s + (e + o)` over blocks of 32 columns, where e and o are chains of fused multiply-adds over the even and the
+//! odd columns of the block from zero on, and numbers below 2^-126 count as zero. A run's sums are added as
 //! `(s_low + s_middle) + s_high`, and the runs in ascending order.
 //!
-//! One factor lies in rows, the other in pairs of neighbouring columns of sixteen rows side by side. They may change places:
-//! for few tokens the weight's rows are read where they lie and the tokens lie in pairs; for many, a panel of 32 rows of
-//! the weight is put in pairs for all tokens. Both have the same bits.
+//! One factor lies in rows, the other in pairs of neighbouring columns of sixteen rows side by side. They may change
+//! places: for few tokens the weight's rows are read where they lie and the tokens lie in pairs; for many, a panel of
+//! 32 rows of the weight is put in pairs for all tokens. Both have the same bits.
 
 use std::cell::Cell;
 use std::ops::Range;
@@ -23,8 +23,7 @@ pub(super) const SIDE: usize = 16;
 pub(super) const COLUMNS: usize = 32;
 /// Bytes of a tile, of bf16 or of sums.
 pub(super) const TILE: usize = 1024;
-/// Columns whose products are added up before the parts are: part of the definition. A panel of so many stays in the
-/// first-level cache.
+/// Columns whose products are added up before the parts are: part of the definition.
 pub(super) const RUN: usize = 512;
 /// Rows of a panel, and of parts that it is multiplied with at a time: two tiles each.
 const PANEL: usize = 2 * SIDE;
@@ -324,7 +323,7 @@ impl Call<'_> {
         room: &mut Room,
         sums: *mut f32,
     ) {
-        /// How long two tiles of the weight are turned into pairs, as a share of what four products of tiles take, in eighths.
+        /// How long two tiles of the weight are turned into pairs, in eighths of what four products of tiles take.
         const PACKING: usize = 22;
         let blocks = self.width(run).div_ceil(COLUMNS);
         let block = run * RUN / COLUMNS;
