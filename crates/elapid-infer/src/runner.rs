@@ -62,7 +62,7 @@ impl Default for Reading {
 impl Reading {
     /// Of a GPU: products of 2,048 rows leave a part of a large one idle, its scan wants a dozen prompts of narrow models at
     /// once, and a call for one short prompt takes the host as long to launch as several decode steps do. Activations of a
-    /// call take some 17 bytes for each token and channel of the mixer, so up to 1.4 GB.
+    /// call take some 17 bytes for each token and channel of the mixer, so up to 1.4 GB (reckoned).
     pub(crate) fn on_gpu(config: &MambaConfig) -> Self {
         let tokens = (READ_AT_ONCE / config.d_inner().max(1)).max(1);
         let tokens = 1 << tokens.ilog2().clamp(11, 15);

@@ -11,7 +11,7 @@ use std::ops::Range;
 use elapid_formats::{ModelSource, StoredTensor};
 use elapid_ops::blocks::{Encoding, dequantize};
 use elapid_ops::mamba_step::Stretch;
-use elapid_ops::quantized_linear::{Output, Storage, product};
+use elapid_ops::quantized_linear::{FEW_TOKENS, Output, Storage, Writer, product};
 use elapid_tensor::DType;
 
 use super::CpuEngine;
@@ -22,7 +22,7 @@ use crate::self_check::reference::{Parameters, Reference};
 use crate::{Checked, Error, Result, Rows, Trace};
 
 /// Tokens whose product is compared with that of one: more than are read row by row in any encoding.
-const TOKENS: usize = 21;
+const TOKENS: usize = FEW_TOKENS + 1;
 /// Rows of that comparison.
 const GROUP: usize = 8;
 
@@ -160,8 +160,14 @@ fn many_as_one(matrix: &Matrix, rows: Rows) -> Result<usize> {
     let weight = matrix.weight();
     let x: Vec<f32> = (0..matrix.columns).map(|i| (i * 29 % 97) as f32 / 48.0 - 1.0).collect();
     let x = x.repeat(TOKENS);
-    let mut storage = Storage::new(matrix.encoding, TOKENS, matrix.columns);
-    let writer = storage.writer();
+    let mut storages = [1, TOKENS].map(|t| Storage::new(matrix.encoding, t, matrix.columns));
+    let written = storages.each_mut().map(Storage::writer);
+    for (writer, tokens) in written.iter().zip([1, TOKENS]) {
+        for (token, x) in x.chunks_exact(matrix.columns.max(1)).take(tokens).enumerate() {
+            // SAFETY: nobody else uses the storage.
+            unsafe { writer.write_row(token, tokens, x) };
+        }
+    }
     let groups = match rows {
         Rows::All => 0..matrix.rows.div_ceil(GROUP),
         Rows::Sampled(_) => matrix.rows / 2 / GROUP..matrix.rows / 2 / GROUP + 1,
@@ -169,20 +175,17 @@ fn many_as_one(matrix: &Matrix, rows: Rows) -> Result<usize> {
     let mut compared = 0;
     for group in groups {
         let range = group * GROUP..matrix.rows.min((group + 1) * GROUP);
-        let run = |tokens: usize| {
+        let run = |writer: &Writer, tokens: usize| {
             let mut y = vec![0.0f32; tokens * range.len()];
             let out = Output { pointer: y.as_mut_ptr(), stride: range.len() };
-            // SAFETY: nobody else uses the storage; the inputs are written and `y` has every token's rows.
+            // SAFETY: the inputs are written and `y` has every token's rows.
             unsafe {
-                for (token, x) in x.chunks_exact(matrix.columns.max(1)).take(tokens).enumerate() {
-                    writer.write_row(token, tokens, x);
-                }
                 let inputs = writer.activations(tokens, &x, matrix.columns);
                 product(&weight, &inputs, range.clone(), out);
             }
             y
         };
-        let (one, many) = (run(1), run(TOKENS));
+        let (one, many) = (run(&written[0], 1), run(&written[1], TOKENS));
         for (i, (found, expected)) in many.iter().zip(one.iter().cycle()).enumerate() {
             if found.to_bits() != expected.to_bits() {
                 return Err(Error::SelfCheck {

@@ -61,8 +61,8 @@ impl Kind {
 pub(super) const PARTS: usize = 3;
 /// Tokens of a tile of pairs: their parts are 15 of its 16 columns.
 pub(super) const PAIRED: usize = 5;
-/// Most tokens that lie in pairs.
-pub(super) const FEW: usize = 20;
+/// Most tokens that lie in pairs. No kernel of any encoding reads a weight's rows where they lie for more.
+pub const FEW: usize = 20;
 /// Columns of a row of a tile.
 const PARTS_BLOCK: usize = 32;
 /// Rows of a tile.
@@ -133,7 +133,7 @@ impl Parts {
     }
 }
 
-/// Room for the rounded inputs of a product.
+/// Room for what is made of a product's inputs: parts or integers.
 #[derive(Debug, Default)]
 pub struct Storage {
     kind: Kind,
@@ -186,7 +186,7 @@ impl Storage {
         }
     }
 
-    /// Rounds the rows `x` [tokens, columns].
+    /// Writes the rows `x` [tokens, columns].
     pub(super) fn fill<'a>(&'a mut self, x: &'a [f32]) -> Activations<'a> {
         let (tokens, columns) = (self.tokens, self.columns);
         assert_eq!(x.len(), tokens * columns, "the rows that there is room for");

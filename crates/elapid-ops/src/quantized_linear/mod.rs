@@ -53,7 +53,7 @@ use rayon::prelude::*;
 use crate::blocks::Encoding;
 
 use activations::Kind;
-pub use activations::{Activations, Writer, block as rounding_block};
+pub use activations::{Activations, FEW as FEW_TOKENS, Writer, block as rounding_block};
 pub use reference::reference;
 
 /// True if weights of bf16 are multiplied in the tiles of AMX.

@@ -119,12 +119,13 @@ impl Shape {
         }
     }
 
-    /// For `cut` and the sequences of a batch. Two channels a lane give the bits of one.
+    /// For `cut` and the sequences of a batch, `alone` if each is cut by itself. Two channels a lane give the bits of one.
     fn of(
         gpu: &Gpu,
         (channels, groups, states): (usize, usize, usize),
         sequences: &Sequences,
         cut: Cut,
+        alone: Option<&Alone>,
     ) -> Self {
         let (narrow, wide) = (Self::new(states, 1), Self::new(states, 2));
         let tiles = |shape: &Self| groups * (channels / groups).div_ceil(shape.channels);
@@ -138,11 +139,9 @@ impl Shape {
                     let long = longest(sequences) / pieces.max(1) >= WORTH_PAIRING_SEGMENTS;
                     many(sequences.len() as f64) || (pieces >= WORTH_CUTTING && long)
                 }
-                Cut::Alone => {
-                    let alone = Alone::of(gpu, &narrow, tiles(&narrow), sequences);
+                Cut::Alone | Cut::Every(_) | Cut::Never => alone.is_some_and(|alone| {
                     many(if alone.joined { alone.alike } else { alone.segments as f64 })
-                }
-                Cut::Every(_) | Cut::Never => false,
+                }),
             };
         if worth_pairing { wide } else { narrow }
     }
@@ -213,12 +212,13 @@ impl Plan {
                 format!("{states} states a channel, expected 1 to {MAX_STATES}"),
             ));
         }
-        let shape = Shape::of(gpu, (channels, groups, states), sequences, cut);
         let tiles_of = |shape: &Shape| groups * (channels / groups).div_ceil(shape.channels);
-        let tiles = tiles_of(&shape);
         // What a sequence is cut into alone must not depend on the batch, as the lanes may.
         let narrow = Shape::new(states, 1);
         let narrow_tiles = tiles_of(&narrow);
+        let alone = (cut == Cut::Alone).then(|| Alone::of(gpu, &narrow, narrow_tiles, sequences));
+        let shape = Shape::of(gpu, (channels, groups, states), sequences, cut, alone.as_ref());
+        let tiles = tiles_of(&shape);
         let size = match cut {
             Cut::Never => usize::MAX,
             Cut::Every(tokens) => tokens.max(1).next_multiple_of(shape.steps),
@@ -259,8 +259,7 @@ impl Plan {
             runs.push(first..rows.len());
             starts.push(rows.len() as i32);
         }
-        let joined = cut == Cut::Alone && Alone::of(gpu, &narrow, narrow_tiles, sequences).joined;
-        let joined = joined.then(|| -> Result<Joined> {
+        let joined = alone.is_some_and(|alone| alone.joined).then(|| -> Result<Joined> {
             let (sequences, pieces) = (gpu.upload(&whole)?, gpu.upload(&tiles_of_pieces)?);
             Ok(Joined { sequences, pieces })
         });
