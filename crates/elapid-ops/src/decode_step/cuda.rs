@@ -250,6 +250,13 @@ impl Step {
         self
     }
 
+    /// Multiplies in blocks as large as they can be.
+    #[cfg(test)]
+    pub(super) fn on_one_multiprocessor(mut self) -> Self {
+        self.target.multiprocessors = 1;
+        self
+    }
+
     /// Most sequences of a step.
     pub fn capacity(&self) -> usize {
         self.capacity
@@ -427,7 +434,7 @@ impl Step {
             self.project("decode_part", &layer.output, columns, cut, &part)?;
             self.gpu.launch_chained(
                 &kernel,
-                Launch::linear(columns as u32, self.column_threads()),
+                Launch::linear(columns as u32, self.join_threads(columns)),
                 &join,
             )
         }
@@ -535,7 +542,7 @@ impl Step {
         let macros: Vec<(&str, &str)> =
             macros.iter().map(|(name, value)| (*name, value.as_str())).collect();
         let kernel = self.gpu.module(&PROJECT, &macros)?.kernel(name)?;
-        let launch = cut.launch(weights, columns);
+        let launch = cut.launch(weights, columns, self.sizes.taps + 2);
         // SAFETY: the caller's promise.
         unsafe { self.gpu.launch_chained(&kernel, launch, arguments) }
     }
@@ -543,6 +550,12 @@ impl Step {
     /// Threads of a kernel whose blocks own a column: one a term, where they can.
     fn column_threads(&self) -> u32 {
         self.sizes.width.next_multiple_of(32).min(1024) as u32
+    }
+
+    /// The same of a kernel whose blocks fill half a multiprocessor's registers with 512 threads.
+    fn join_threads(&self, columns: usize) -> u32 {
+        let most = if columns > self.target.multiprocessors { 512 } else { 1024 };
+        self.column_threads().min(most)
     }
 
     fn normed(&self, norm: &NormWeights) -> Normed {

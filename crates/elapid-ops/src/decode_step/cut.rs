@@ -2,7 +2,7 @@
 
 use elapid_tensor::cuda::{Gpu, Launch};
 
-use super::Packed;
+use super::{Encoding, Packed};
 
 /// Runs of a sum, SHARES and MANY_SHARES of product.cuh.
 pub(super) const SHARES: usize = 8;
@@ -16,6 +16,9 @@ const LARGE_WARP_RING_BYTES: usize = 176 << 10;
 /// Bytes of the ring in shared memory: two blocks of kernels that follow one another have room, or one.
 const RING_BYTES: usize = 112 << 10;
 const LARGE_RING_BYTES: usize = 200 << 10;
+/// From so many tiles of rows on, a block of 16 tiles of columns has a multiprocessor's registers to itself, and each warp
+/// all of the columns.
+const LARGE_ROW_TILES: usize = 7;
 
 /// How many can multiply at once, whether groups of four warps do, and bytes of shared memory that a block can have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,12 +68,12 @@ impl Cut {
 
     /// Of a matrix with rows for all multiprocessors.
     pub(super) fn of(target: Target, weights: &Packed, columns: usize) -> Self {
-        Self::choose(weights.tiles(), columns, target, &[1])
+        Self::choose((weights.tiles(), weights.encoding()), columns, target, &[1])
     }
 
     /// Of a matrix with few rows, whose sums blocks may share where columns are many.
     pub(super) fn of_parts(target: Target, weights: &Packed, columns: usize) -> Self {
-        Self::choose(weights.tiles(), columns, target, &[1, 2, 4])
+        Self::choose((weights.tiles(), weights.encoding()), columns, target, &[1, 2, 4])
     }
 
     /// Of a matrix with few rows and many terms: more runs.
@@ -94,7 +97,12 @@ impl Cut {
         cut
     }
 
-    fn choose(tiles: usize, columns: usize, target: Target, parts: &[usize]) -> Self {
+    fn choose(
+        (tiles, encoding): (usize, Encoding),
+        columns: usize,
+        target: Target,
+        parts: &[usize],
+    ) -> Self {
         let Target { multiprocessors, grouped, shared } = target;
         let column_tiles = columns.div_ceil(8);
         if !Self::has_many(columns) {
@@ -120,10 +128,11 @@ impl Cut {
         let candidate = |row_tiles, column_tiles, parts| Self {
             row_tiles,
             column_tiles,
-            // Eight warps at least, where there is work for them.
+            // Eight warps at least, where there is work for them; large blocks have as many anyway.
             column_warps: match (column_tiles, row_tiles) {
                 (4, _) => 1,
                 (8, 5..) if grouped => 1,
+                (_, LARGE_ROW_TILES..) => 1,
                 _ => 2,
             },
             grouped,
@@ -138,8 +147,13 @@ impl Cut {
         }
         let all = parts.iter().flat_map(|&parts| {
             [16, 8, 4].into_iter().flat_map(move |column_tiles| {
-                // A block has at most 1,024 threads, and registers for two sums of each of a warp's columns.
-                let most = if column_tiles == 16 { 6 } else { 8 };
+                // A block has at most 1,024 threads, and registers for two sums of each of a warp's columns; int8 wants a
+                // third.
+                let most = match column_tiles {
+                    16 if grouped && encoding == Encoding::Bf16 => 12,
+                    16 => LARGE_ROW_TILES - 1,
+                    _ => 8,
+                };
                 (1..=most).map(move |row_tiles| candidate(row_tiles, column_tiles, parts))
             })
         });
@@ -175,7 +189,8 @@ impl Cut {
         let share = blocks.div_ceil(self.shares);
         let bytes = self.row_tiles * weights.encoding().block_bytes() + 512 * self.column_tiles;
         let stages = |some: usize| {
-            let ring = if some > 3 { LARGE_RING_BYTES } else { RING_BYTES };
+            let large = some > 3 || self.row_tiles >= LARGE_ROW_TILES;
+            let ring = if large { LARGE_RING_BYTES } else { RING_BYTES };
             (self.room(ring) / (some * bytes)).min(8)
         };
         let fits = |&some: &usize| {
@@ -233,13 +248,14 @@ impl Cut {
         ]
     }
 
-    pub(super) fn launch(&self, weights: &Packed, columns: usize) -> Launch {
+    /// `constants` numbers of each row have room behind the sums of many.
+    pub(super) fn launch(&self, weights: &Packed, columns: usize, constants: usize) -> Launch {
         let (rows, width) = (16 * self.row_tiles, 8 * self.column_tiles);
         let sums = 4 * width * (rows + 4);
         let (threads, room) = if self.is_many() {
             let (_, ring) = self.ring(weights);
             let threads = 32 * self.row_warps() * self.column_warps;
-            (threads, ring.max(sums))
+            (threads, ring.max(sums + 4 * rows * constants))
         } else {
             let (_, stages) = self.ahead(weights);
             let ring = self.shares * stages * self.warp_stage_bytes(weights);
@@ -281,14 +297,14 @@ mod tests {
             for (shared, grouped) in [(99 << 10, false), (163 << 10, false), (227 << 10, true)] {
                 for multiprocessors in [1, 2, 5, 132] {
                     let target = Target { multiprocessors, grouped, shared };
-                    for columns in [1, 16, 32, 33, 64, 128] {
+                    for columns in [1, 16, 32, 33, 64, 128, 256] {
                         for cut in [
                             Cut::of(target, &weights, columns),
                             Cut::of_parts(target, &weights, columns),
                             Cut::of_many_terms(target, &weights, columns),
                         ] {
                             let slots = cut.factor_bytes();
-                            let room = cut.launch(&weights, columns).shared as usize + slots;
+                            let room = cut.launch(&weights, columns, 6).shared as usize + slots;
                             assert!(room <= shared, "{cut:?}: {room} bytes of {shared}");
                         }
                     }
@@ -301,7 +317,7 @@ mod tests {
     fn blocks_fill_the_card_in_one_turn_where_they_can() {
         let target = Target { multiprocessors: 132, grouped: true, shared: 227 << 10 };
         let cut = |tiles, columns, parts: &[usize]| {
-            let cut = Cut::choose(tiles, columns, target, parts);
+            let cut = Cut::choose((tiles, Encoding::Bf16), columns, target, parts);
             (cut.row_tiles, cut.column_tiles, cut.parts)
         };
         // in_proj of 130m, 1.4b, 2.8b.
@@ -312,10 +328,13 @@ mod tests {
         assert_eq!(cut(512, 128, &[1]), (4, 16, 1));
         assert_eq!(cut(192, 128, &[1]), (3, 8, 1));
         assert_eq!(cut(640, 64, &[1]), (5, 8, 1));
+        assert_eq!(cut(640, 256, &[1]), (10, 16, 1));
+        assert_eq!(cut(512, 256, &[1]), (8, 16, 1));
         // The head.
         assert_eq!(cut(3143, 128, &[1]), (4, 16, 1));
         // out_proj.
         assert_eq!(cut(160, 128, &[1, 2, 4]), (5, 16, 4));
+        assert_eq!(cut(160, 256, &[1, 2, 4]), (10, 16, 4));
         assert_eq!(cut(160, 1, &[1, 2, 4]), (1, 1, 1));
     }
 }

@@ -44,6 +44,10 @@ DEVICE int64_t activation_place(int64_t column, int64_t term, int64_t blocks) {
     uint32_t block = c / TILE_COLUMNS * uint32_t(blocks) + k / BLOCK_TERMS;
     return int64_t(block) * 256 + ((k % 8 / 2 * TILE_COLUMNS + c % TILE_COLUMNS) * 8 + k % BLOCK_TERMS / 8 * 2 + k % 2);
 }
+// Two numbers as bf16, the first in the lower half.
+DEVICE uint32_t pair_of(float low, float high) {
+    return uint32_t(from_float<bf16>(low).bits) | uint32_t(from_float<bf16>(high).bits) << 16;
+}
 // Bytes of a block of a tile of columns, and of one of its matrices.
 constexpr int COLUMN_BLOCK = 512;
 constexpr int MATRIX = 128;

@@ -350,7 +350,8 @@ DEVICE void multiply_many(const Product& product, float* room, int first_share, 
     __syncthreads();
 }
 
-template <class Before> DEVICE void multiply_whole(const Product& product, float* room, Before before) {
+// All runs. `after` runs when the sums are in registers, before the block's last barrier.
+template <class Before, class After> DEVICE void multiply_whole(const Product& product, float* room, Before before, After after) {
     float totals[OWN][4];
 #pragma unroll
     for (int n = 0; n < OWN; ++n)
@@ -366,6 +367,7 @@ template <class Before> DEVICE void multiply_whole(const Product& product, float
             }
     });
     if (own_row_tile() < ROW_TILES) put_sums(sums_of(room), own_row_tile(), own_column_tile(), totals);
+    after();
     __syncthreads();
 }
 
@@ -382,8 +384,7 @@ template <int SPLIT> struct Block {
 template <int SPLIT, class Before, class After>
 DEVICE void multiply(const Product& product, float* room, Before before, After after) {
 #if COLUMN_WARPS > 0
-    multiply_whole(product, room, before);
-    after();
+    multiply_whole(product, room, before, after);
 #else
     multiply_few<SPLIT>(product, room, before, after);
 #endif

@@ -23,15 +23,16 @@ struct InputArguments {
     int64_t channel_blocks;   // blocks of 32 of E
 };
 
+// Inputs of the convolution that a channel keeps.
 constexpr int KEPT = TAPS > 1 ? TAPS - 1 : 1;
 constexpr int FEW_COLUMNS_BLOCKS = COLUMN_WARPS == 0 && ROW_TILES * COLUMN_TILES <= 4 ? 2 : 1;
 
-KERNEL(decode_input, InputArguments, Block<SHARES>::THREADS, FEW_COLUMNS_BLOCKS) {
+#if COLUMN_WARPS == 0
+KERNEL(decode_input, InputArguments, SHARES * WARP, FEW_COLUMNS_BLOCKS) {
     DYNAMIC_SHARED(float, room);
-    __shared__ int32_t slots[COLUMNS];
     constexpr int EACH = Block<SHARES>::EACH;
     // Columns whose tails are under way at a time. Few are asked for early: no other kernel touches the tails.
-    constexpr int MOST = WIDE ? 12 : 8, TURN = EACH < MOST ? EACH : MOST;
+    constexpr int TURN = EACH < 8 ? EACH : 8;
     constexpr bool EARLY = EACH <= 3;
     Own<SHARES> own(args.product);
     bool is_x = own.tile >= 0 && own.tile < args.product.first_tiles;
@@ -46,16 +47,12 @@ KERNEL(decode_input, InputArguments, Block<SHARES>::THREADS, FEW_COLUMNS_BLOCKS)
     bf16* gate = args.gate + sequence0 * args.channels + channel;
     float taps[TAPS], tap_bias = 0.0f, bias = 0.0f;
     float tails[TURN][KEPT];
-    auto slot_of = [&](int column) {
-        if (!EARLY) return slots[column];
-        return sequence_of(column) < args.product.columns ? args.slots[sequence_of(column)] : -1;
-    };
     int32_t own_slots[TURN];
     auto load = [&](int turn) {
 #pragma unroll
         for (int i = 0; i < TURN; ++i) {
             int column = own.column(turn + i);
-            own_slots[i] = has_row && column < COLUMNS ? slot_of(column) : -1;
+            own_slots[i] = has_row && column < COLUMNS && sequence_of(column) < args.product.columns ? args.slots[sequence_of(column)] : -1;
         }
 #pragma unroll
         for (int i = 0; i < TURN; ++i) {
@@ -66,25 +63,14 @@ KERNEL(decode_input, InputArguments, Block<SHARES>::THREADS, FEW_COLUMNS_BLOCKS)
             for (int k = 0; k + 1 < TAPS; ++k) tails[i][k] = load_fresh(from + k);
         }
     };
-    multiply<SHARES>(args.product, room, [&]() {
+    multiply_few<SHARES>(args.product, room, [&]() {
         if (has_row && args.bias) bias = args.bias[is_x ? channel : args.channels + channel];
         if (has_row && is_x) {
 #pragma unroll
             for (int k = 0; k < TAPS; ++k) taps[k] = args.taps[channel * TAPS + k];
             if (args.tap_bias) tap_bias = args.tap_bias[channel];
         }
-        if (EARLY) {
-            load(0);
-            return;
-        }
-        // The product ends with a barrier.
-        for (int column = threadIdx.x; column < COLUMNS; column += blockDim.x)
-            slots[column] = sequence_of(column) < args.product.columns ? args.slots[sequence_of(column)] : -1;
-        if (!WIDE || !has_row || !is_x) return;
-        for (int column = own.first_column; column < COLUMNS; column += Block<SHARES>::STEP) {
-            int32_t slot = sequence_of(column) < args.product.columns ? args.slots[sequence_of(column)] : -1;
-            if (slot >= 0) fetch_ahead(tail + slot * tail_stride);
-        }
+        if (EARLY) load(0);
     }, []() {});
 #pragma unroll 1
     for (int turn = 0; turn < EACH; turn += TURN) {
@@ -109,6 +95,163 @@ KERNEL(decode_input, InputArguments, Block<SHARES>::THREADS, FEW_COLUMNS_BLOCKS)
         }
     }
 }
+#else
+
+// Neighbouring numbers of which the first `there` are, by packs of four where they can be.
+template <int COUNT> DEVICE void load_run(float (&to)[COUNT], const float* from, int there) {
+    if (there == COUNT && packable<float, 4>(from, 0)) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 4) {
+            Pack<uint32_t, 4> words = load_fresh_words(from + i);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) to[i + j] = float_of(words.at[j]);
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) to[i] = i < there ? load_fresh(from + i) : 0.0f;
+}
+template <int COUNT> DEVICE void store_run(float* to, const float (&from)[COUNT], int there) {
+    if (there == COUNT && packable<float, 4>(to, 0)) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 4) store_pack<float, 4>(to + i, {{from[i], from[i + 1], from[i + 2], from[i + 3]}});
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+        if (i < there) to[i] = from[i];
+}
+
+// What a warp finishes at a time: 16 rows of 8 columns, a lane four rows of a column.
+struct Piece {
+    int row, column;          // in the block: the lane's first row, and its column
+    int64_t channel;          // of that row
+    int there;                // of the four rows, those that are; 0 without a sequence
+    bool is_x;
+    int64_t slot;
+
+    DEVICE Piece(const InputArguments& args, int index, const int32_t* slots) {
+        int tile = index / COLUMN_TILES;
+        row = tile * TILE_ROWS + lane_id() % 4 * 4;
+        column = index % COLUMN_TILES * TILE_COLUMNS + lane_id() / 4;
+        int64_t place = int64_t(blockIdx.x) * ROW_TILES + tile;
+        bool is_one = tile < ROW_TILES && place < args.product.row_tiles;
+        int64_t weights_tile = is_one ? tile_at(args.product, place) : 0;
+        is_x = weights_tile < args.product.first_tiles;
+        channel = (is_x ? weights_tile : weights_tile - args.product.first_tiles) * TILE_ROWS + lane_id() % 4 * 4;
+        slot = is_one ? slots[column] : -1;
+        there = slot < 0 ? 0 : int(most<int64_t>(0, least<int64_t>(4, args.channels - channel)));
+    }
+    DEVICE float* tail(const InputArguments& args) const { return args.tail + (slot * args.channels + channel) * (TAPS - 1); }
+};
+
+KERNEL(decode_input, InputArguments, WIDE_THREADS, 1) {
+    DYNAMIC_SHARED(float, room);
+    __shared__ int32_t slots[COLUMNS];
+    // Of each row its taps, their bias and the product's: [CONSTANTS][ROWS], behind the sums.
+    constexpr int CONSTANTS = TAPS + 2, OWN_CONSTANTS = (CONSTANTS * ROWS + WIDE_THREADS - 1) / WIDE_THREADS;
+    float* constants = sums_of(room) + COLUMNS * STRIDE;
+    float own_constants[OWN_CONSTANTS];
+    constexpr int WARPS = WIDE_THREADS / WARP, EACH = (ROW_TILES * COLUMN_TILES + WARPS - 1) / WARPS;
+    // Pieces whose tails are under way at a time.
+    constexpr int TURN = EACH < 5 ? EACH : 5;
+    multiply<SHARES>(args.product, room, [&]() {
+        for (int column = threadIdx.x; column < COLUMNS; column += WIDE_THREADS)
+            slots[column] = sequence_of(column) < args.product.columns ? args.slots[sequence_of(column)] : -1;
+#pragma unroll
+        for (int i = 0; i < OWN_CONSTANTS; ++i) {
+            int index = i * WIDE_THREADS + threadIdx.x, row = index % ROWS, which = index / ROWS;
+            int64_t place = int64_t(blockIdx.x) * ROW_TILES + row / TILE_ROWS;
+            int64_t tile = place < args.product.row_tiles ? tile_at(args.product, place) : 0;
+            bool is_x = tile < args.product.first_tiles;
+            int64_t channel = (is_x ? tile : tile - args.product.first_tiles) * TILE_ROWS + row % TILE_ROWS;
+            own_constants[i] = 0.0f;
+            if (place >= args.product.row_tiles || channel >= args.channels) continue;
+            if (which < TAPS) {
+                if (is_x) own_constants[i] = args.taps[channel * TAPS + which];
+            } else if (which == TAPS) {
+                if (is_x && args.tap_bias) own_constants[i] = args.tap_bias[channel];
+            } else if (which < CONSTANTS && args.bias) {
+                own_constants[i] = args.bias[is_x ? channel : args.channels + channel];
+            }
+        }
+        __syncthreads();
+        // No other kernel touches the tails.
+        for (int i = 0; TAPS > 1 && i < EACH; ++i) {
+            Piece piece(args, i * WARPS + warp_id(), slots);
+            if (piece.is_x && piece.there > 0) fetch_ahead(piece.tail(args));
+        }
+    }, [&]() {
+#pragma unroll
+        for (int i = 0; i < OWN_CONSTANTS; ++i) {
+            int index = i * WIDE_THREADS + threadIdx.x;
+            if (index < CONSTANTS * ROWS) constants[index] = own_constants[i];
+        }
+    });
+#pragma unroll 1
+    for (int turn = 0; turn < EACH; turn += TURN) {
+        float tails[TURN][4 * KEPT];
+        if (TAPS > 1) {
+#pragma unroll
+            for (int i = 0; i < TURN; ++i) {
+                Piece piece(args, (turn + i) * WARPS + warp_id(), slots);
+                if (piece.is_x && piece.there > 0) load_run(tails[i], piece.tail(args), piece.there * KEPT);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < TURN; ++i) {
+            Piece piece(args, (turn + i) * WARPS + warp_id(), slots);
+            if (piece.there == 0) continue;
+            auto constant = [&](int which) { return load_pack<float, 4>(constants + which * ROWS + piece.row); };
+            Pack<float, 4> values = load_pack<float, 4>(sums_of(room) + piece.column * STRIDE + piece.row), bias = constant(TAPS + 1);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) values.at[j] = values.at[j] * room[piece.column] + bias.at[j];
+            float results[4];
+            if (piece.is_x) {
+                Pack<float, 4> sums = constant(TAPS);
+#pragma unroll
+                for (int k = 0; k < TAPS; ++k) {
+                    Pack<float, 4> taps = constant(k);
+#pragma unroll
+                    for (int j = 0; j < 4; ++j)
+                        sums.at[j] = fmaf(taps.at[j], k + 1 < TAPS ? tails[i][j * KEPT + (k < KEPT ? k : 0)] : values.at[j], sums.at[j]);
+                }
+#pragma unroll
+                for (int j = 0; j < 4; ++j) results[j] = silu(sums.at[j]);
+                if (TAPS > 1) {
+#pragma unroll
+                    for (int j = 0; j < 4; ++j)
+#pragma unroll
+                        for (int k = 0; k < KEPT; ++k) tails[i][j * KEPT + k] = k + 1 < KEPT ? tails[i][j * KEPT + k + 1] : values.at[j];
+                    store_run(piece.tail(args), tails[i], piece.there * KEPT);
+                }
+                // Neighbouring terms are a word, and those of the next matrix another.
+                bf16* u = args.u + activation_place(sequence_of(piece.column), piece.channel, args.channel_blocks);
+#pragma unroll
+                for (int j = 0; j < 4; j += 2) {
+                    bf16* to = u + j / 2 * (MATRIX / 2);
+                    if (j + 1 < piece.there) {
+                        *reinterpret_cast<uint32_t*>(to) = pair_of(results[j], results[j + 1]);
+                    } else if (j < piece.there) {
+                        *to = from_float<bf16>(results[j]);
+                    }
+                }
+                continue;
+            }
+#pragma unroll
+            for (int j = 0; j < 4; ++j) results[j] = silu(values.at[j]);
+            bf16* gate = args.gate + sequence_of(piece.column) * args.channels + piece.channel;
+            if (piece.there == 4 && packable<bf16, 4>(gate, 0)) {
+                store_pack<uint32_t, 2>(reinterpret_cast<uint32_t*>(gate), {{pair_of(results[0], results[1]), pair_of(results[2], results[3])}});
+            } else {
+#pragma unroll
+                for (int j = 0; j < 4; ++j)
+                    if (j < piece.there) gate[j] = from_float<bf16>(results[j]);
+            }
+        }
+    }
+}
+#endif
 
 // ---- Rows as they are: Δ's input with B and C, and logits ------------------------------------------------------
 

@@ -26,11 +26,6 @@ constexpr int ROUNDED = (WIDTH + 3) / 4 * 4;
 constexpr int STRIDE = ROUNDED % 8 == 0 ? ROUNDED + 4 : ROUNDED;
 constexpr int DELTA_PARTS = DELTA_BLOCKS < DELTA_WARPS ? DELTA_BLOCKS : DELTA_WARPS;
 
-// Two numbers as bf16, the first in the lower half.
-DEVICE uint32_t pair_of(float low, float high) {
-    return uint32_t(from_float<bf16>(low).bits) | uint32_t(from_float<bf16>(high).bits) << 16;
-}
-
 // By one instruction, which a copy of the numbers is not always made into.
 DEVICE void store_whole(State* to, const Pack<State, 4>& state) {
 #if NARROW_STATE

@@ -339,12 +339,21 @@ fn alone(gpu: &Gpu, case: &Case, sequences: &[usize]) -> Vec<Vec<Vec<f32>>> {
     sequences.iter().map(of).collect()
 }
 
+/// How a step of many multiplies.
+#[derive(Debug, Clone, Copy)]
+enum Way {
+    OfTheCard,
+    WithoutGroups,
+    /// In blocks as large as they can be.
+    LargeBlocks,
+}
+
 /// Steps the first `columns` sequences together and compares some with what they were alone.
 fn expect_bits_of_alone(
     gpu: &Gpu,
     case: &Case,
     columns: usize,
-    grouped: bool,
+    way: Way,
     sequences: &[usize],
     alone: &[Vec<Vec<f32>>],
 ) {
@@ -353,9 +362,11 @@ fn expect_bits_of_alone(
     let slots: Vec<i32> =
         (0..columns as i32).map(|c| if c % 7 == 6 { -1 } else { columns as i32 - 1 - c }).collect();
     let mut running = Running::new(gpu, case, &slots, columns);
-    if !grouped {
-        running.step = running.step.without_groups();
-    }
+    running.step = match way {
+        Way::OfTheCard => running.step,
+        Way::WithoutGroups => running.step.without_groups(),
+        Way::LargeBlocks => running.step.on_one_multiprocessor(),
+    };
     for step in 0..2 {
         let ids: Vec<u32> = (0..columns).map(|s| id_of(s, step, classes)).collect();
         let logits = running.next(&ids);
@@ -363,10 +374,7 @@ fn expect_bits_of_alone(
             let got = &logits[sequence * classes..(sequence + 1) * classes];
             let same = got.iter().zip(&alone[step]).all(|(a, b)| a.to_bits() == b.to_bits());
             let encoding = case.weights.embedding.encoding();
-            assert!(
-                same,
-                "{encoding}, groups {grouped}: sequence {sequence} of {columns}, step {step}"
-            );
+            assert!(same, "{encoding}, {way:?}: sequence {sequence} of {columns}, step {step}");
         }
     }
 }
@@ -379,12 +387,20 @@ fn cuda_steps_of_a_batch_have_the_bits_of_each_sequence_alone() {
             let sequences = [0, 9, 39];
             let alone = alone(&gpu, &case, &sequences);
             // Each number of columns cuts the products in another way.
-            let all: &[(usize, bool)] = match encoding {
-                Encoding::Bf16 => &[(2, true), (11, true), (25, true), (40, true), (40, false)],
-                Encoding::Q8 => &[(40, true), (40, false)],
+            use Way::{LargeBlocks, OfTheCard, WithoutGroups};
+            let all: &[(usize, Way)] = match encoding {
+                Encoding::Bf16 => &[
+                    (2, OfTheCard),
+                    (11, OfTheCard),
+                    (25, OfTheCard),
+                    (40, OfTheCard),
+                    (40, WithoutGroups),
+                    (72, LargeBlocks),
+                ],
+                Encoding::Q8 => &[(40, OfTheCard), (40, WithoutGroups), (72, LargeBlocks)],
             };
-            for &(columns, grouped) in all {
-                expect_bits_of_alone(&gpu, &case, columns, grouped, &sequences, &alone);
+            for &(columns, way) in all {
+                expect_bits_of_alone(&gpu, &case, columns, way, &sequences, &alone);
             }
         }
     }
@@ -404,7 +420,8 @@ fn cuda_steps_of_long_sums_have_the_bits_of_each_sequence_alone() {
             ],
             false => &[
                 (real(768, 48), &[8, 33, 64, 128, 200], &[Encoding::Bf16, Encoding::Q8]),
-                (real(2560, 160), &[8, 16, 32, 64], &[Encoding::Bf16, Encoding::Q8]),
+                (real(2560, 160), &[8, 16, 32, 64, 128, 256], &[Encoding::Bf16, Encoding::Q8]),
+                (real(2048, 128), &[200], &[Encoding::Bf16]),
             ],
         };
         for &(sizes, columns, encodings) in cases {
@@ -415,7 +432,7 @@ fn cuda_steps_of_long_sums_have_the_bits_of_each_sequence_alone() {
                 let sequences: Vec<usize> = sequences.collect();
                 let alone = alone(&gpu, &case, &sequences);
                 for &columns in columns {
-                    expect_bits_of_alone(&gpu, &case, columns, true, &sequences, &alone);
+                    expect_bits_of_alone(&gpu, &case, columns, Way::OfTheCard, &sequences, &alone);
                 }
             }
         }
