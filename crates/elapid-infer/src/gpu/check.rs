@@ -14,6 +14,12 @@ use crate::{Error, Logits, ModelRunner, Result, Runner};
 /// models show. Values of a wrong kernel or of other weights are off by about all of it.
 const TOLERANCE: f64 = 0.25;
 
+/// By how much a right layer multiplies at most what is off before it, where that is more than [`TOLERANCE`] explains: with
+/// weights as large as those of models that nobody trained, rounding grows from layer to layer (2.8 times at most once it
+/// shows, in such a model of 12 layers). A wrong layer behind right ones is off by far more; what comes after a quarter of
+/// the norm is off cannot be judged any more.
+const GROWTH: f64 = 4.0;
+
 impl GpuEngine<'_> {
     /// Compares decode steps with the model; returns how many values were compared. Steps that were made before are
     /// forgotten.
@@ -44,58 +50,95 @@ impl GpuEngine<'_> {
         self.steps = None;
         let wide =
             |values: &[f32]| values.iter().map(|&value| f64::from(value)).collect::<Vec<_>>();
-        let compared = same_states(&state, &expected)?;
-        same("logits", "the last token", &wide(&own), &wide(&logits))?;
-        Ok(compared + own.len())
+        let mut comparison = Comparison::default();
+        comparison.of_states(&state, &expected)?;
+        comparison.of("logits", "the last token", &wide(&own), &wide(&logits))?;
+        Ok(comparison.values)
     }
 }
 
-fn same_states(found: &State, expected: &State) -> Result<usize> {
-    let mut compared = 0;
-    for (index, (found, expected)) in found.layers.iter().zip(&expected.layers).enumerate() {
-        // The convolution's comes before the scan's.
-        for name in ["conv_state", "ssm_state"] {
-            let (Some(found), Some(expected)) = (found.get(name), expected.get(name)) else {
-                continue;
-            };
-            let [found, expected] = [found, expected].map(|tensor| {
-                let tensor = tensor.cast(DType::F32).and_then(|tensor| tensor.to(Device::Cpu));
-                tensor.and_then(|tensor| tensor.to_f64_vec())
-            });
-            let (found, expected) = (found?, expected?);
-            same(&format!("backbone.layers.{index}.mixer"), name, &found, &expected)?;
-            compared += found.len();
+/// What was compared, first to last.
+#[derive(Debug, Default)]
+struct Comparison {
+    /// Number of values.
+    values: usize,
+    /// The largest difference so far, as a share of the norm of what was expected.
+    worst: f64,
+}
+
+impl Comparison {
+    fn of_states(&mut self, found: &State, expected: &State) -> Result<()> {
+        for (index, (found, expected)) in found.layers.iter().zip(&expected.layers).enumerate() {
+            // The convolution's comes before the scan's.
+            for name in ["conv_state", "ssm_state"] {
+                let (Some(found), Some(expected)) = (found.get(name), expected.get(name)) else {
+                    continue;
+                };
+                let [found, expected] = [found, expected].map(|tensor| {
+                    let tensor = tensor.cast(DType::F32).and_then(|tensor| tensor.to(Device::Cpu));
+                    tensor.and_then(|tensor| tensor.to_f64_vec())
+                });
+                let (found, expected) = (found?, expected?);
+                self.of(&format!("backbone.layers.{index}.mixer"), name, &found, &expected)?;
+            }
         }
+        Ok(())
     }
-    Ok(compared)
-}
 
-fn same(tensor: &str, what: &str, found: &[f64], expected: &[f64]) -> Result<()> {
-    let off = |(found, expected): (&f64, &f64)| (found - expected).powi(2);
-    let difference = found.iter().zip(expected).map(off).sum::<f64>().sqrt();
-    let norm = expected.iter().map(|value| value * value).sum::<f64>().sqrt();
-    // Also if one of them is no number.
-    let near = difference <= TOLERANCE * norm;
-    if near && found.len() == expected.len() {
-        return Ok(());
+    fn of(&mut self, tensor: &str, what: &str, found: &[f64], expected: &[f64]) -> Result<()> {
+        let off = |(found, expected): (&f64, &f64)| (found - expected).powi(2);
+        let difference = found.iter().zip(expected).map(off).sum::<f64>().sqrt();
+        let norm = expected.iter().map(|value| value * value).sum::<f64>().sqrt();
+        // False also if one of them is no number.
+        let near = difference <= TOLERANCE.max(GROWTH * self.worst) * norm;
+        if near && found.len() == expected.len() {
+            self.values += found.len();
+            // Nothing differs from zeros that are expected.
+            self.worst = self.worst.max(if norm == 0.0 { 0.0 } else { difference / norm });
+            return Ok(());
+        }
+        let worst = found.iter().zip(expected).enumerate().max_by(|(_, a), (_, b)| {
+            let [a, b] = [a, b].map(|pair| off((pair.0, pair.1)));
+            // What is no number is the worst.
+            a.is_nan().cmp(&b.is_nan()).then(a.total_cmp(&b))
+        });
+        let (at, found, expected) = worst.map_or((0, 0.0, 0.0), |(at, (f, e))| (at, *f, *e));
+        let place = format!("{what} of decode steps, index {at}");
+        Err(Error::SelfCheck { tensor: tensor.into(), place, expected, found })
     }
-    let worst = found.iter().zip(expected).enumerate().max_by(|(_, a), (_, b)| {
-        let [a, b] = [a, b].map(|pair| off((pair.0, pair.1)));
-        // What is no number is the worst.
-        a.is_nan().cmp(&b.is_nan()).then(a.total_cmp(&b))
-    });
-    let (at, found, expected) = worst.map_or((0, 0.0, 0.0), |(at, (f, e))| (at, *f, *e));
-    let place = format!("{what} of decode steps, index {at}");
-    Err(Error::SelfCheck { tensor: tensor.into(), place, expected, found })
 }
 
 #[cfg(test)]
 mod tests {
     use elapid_models::{LanguageModel, MambaConfig, NormKind};
     use elapid_ops::decode_step::{Encoding, Packed, Source};
+    use elapid_tensor::Tensor;
     use elapid_tensor::cuda::Gpu;
 
     use super::*;
+
+    /// Projections as transformers draws them for a model that nobody trained: rounding grows from layer to layer.
+    #[test]
+    fn sound_steps_of_a_model_whose_rounding_grows_pass() {
+        let Ok(gpu) = Gpu::emulated() else {
+            eprintln!("SKIPPED: the check of decode steps on the emulation: no compiler");
+            return;
+        };
+        let mut model = LanguageModel::new(&MambaConfig::bytes(32, 12), 7).unwrap();
+        model
+            .visit(&mut |parameter| {
+                if parameter.name.contains("proj") && parameter.tensor.shape().len() == 2 {
+                    let values = parameter.tensor.to_vec::<f32>()?;
+                    let values: Vec<f32> = values.iter().map(|value| 5.0 * value).collect();
+                    *parameter.tensor = Tensor::from_slice(&values, parameter.tensor.shape())?;
+                }
+                Ok(())
+            })
+            .unwrap();
+        model.place(Device::Cuda(gpu.id()), DType::BF16).unwrap();
+        let mut engine = GpuEngine::new(&mut model, Encoding::Bf16).unwrap();
+        engine.check().unwrap();
+    }
 
     #[test]
     fn sound_steps_pass_and_those_of_other_weights_are_found() {

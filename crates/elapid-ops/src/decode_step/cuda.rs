@@ -3,19 +3,24 @@
 use elapid_tensor::cuda::{DeviceBuffer, Gpu, KernelArguments, Launch, Module, Result, Source};
 use elapid_tensor::{DType, bf16};
 
+use super::arguments::{
+    EmbedArguments, InputArguments, JoinArguments, NormArguments, Normed, OutputArguments,
+    PartArguments, Product, RowsArguments, ScanArguments,
+};
 use super::cut::{Cut, SHARES, Target};
 use super::{Encoding, LayerState, LayerWeights, NormWeights, OP, Packed, Sizes, Weights};
 use crate::gpu::wrong;
 
 const LAYOUT: (&str, &str) = ("decode_layout.cuh", include_str!("layout.cuh"));
 const GROUPS: (&str, &str) = ("decode_groups.cuh", include_str!("groups.cuh"));
+const INPUT: (&str, &str) = ("decode_input.cuh", include_str!("input.cuh"));
 const RECURRENCE: (&str, &str) = ("decode_scan.cuh", include_str!("scan.cuh"));
 const PRODUCT: (&str, &str) = ("decode_product.cuh", include_str!("product.cuh"));
 pub(super) const RANKING: (&str, &str) = ("decode_ranking.cuh", include_str!("ranking.cuh"));
 static PROJECT: Source = Source {
     name: "decode_project",
     text: include_str!("project.cu"),
-    headers: &[LAYOUT, GROUPS, PRODUCT, RANKING],
+    headers: &[LAYOUT, GROUPS, PRODUCT, RANKING, INPUT],
 };
 static SCAN: Source = Source {
     name: "decode_scan",
@@ -43,148 +48,6 @@ const SCAN_UNDER_WAY: usize = 128;
 pub(super) fn rows_module(gpu: &Gpu, encoding: Encoding) -> Result<Module> {
     gpu.module(&ROWS, &[("QUANTISED", encoding.quantised())])
 }
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Product {
-    weights: u64,
-    x: u64,
-    row_tiles: i64,
-    first_tiles: i64,
-    blocks: i64,
-    columns: i64,
-    squares: u64,
-    factors: u64,
-    square_count: i64,
-    width: f32,
-    eps: f32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct InputArguments {
-    product: Product,
-    bias: u64,
-    taps: u64,
-    tap_bias: u64,
-    tail: u64,
-    slots: u64,
-    u: u64,
-    gate: u64,
-    channels: i64,
-    channel_blocks: i64,
-}
-// SAFETY: the layout of `InputArguments` in project.cu.
-unsafe impl KernelArguments for InputArguments {}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct RowsArguments {
-    product: Product,
-    out: u64,
-    rows: i64,
-    stride: i64,
-    best: u64,
-}
-// SAFETY: the layout of `RowsArguments` in project.cu.
-unsafe impl KernelArguments for RowsArguments {}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct OutputArguments {
-    product: Product,
-    bias: u64,
-    residual: u64,
-    norm: u64,
-    x: u64,
-    squares: u64,
-    rows: i64,
-    row_blocks: i64,
-}
-// SAFETY: the layout of `OutputArguments` in project.cu.
-unsafe impl KernelArguments for OutputArguments {}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct PartArguments {
-    product: Product,
-    parts: u64,
-}
-// SAFETY: the layout of `PartArguments` in project.cu.
-unsafe impl KernelArguments for PartArguments {}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct ScanArguments {
-    selection: u64,
-    delta: u64,
-    delta_bias: u64,
-    a: u64,
-    d: u64,
-    state: u64,
-    slots: u64,
-    u: u64,
-    gate: u64,
-    y: u64,
-    channels: i64,
-    channel_blocks: i64,
-    columns: i64,
-    groups: i64,
-    eps: f32,
-}
-// SAFETY: the layout of `ScanArguments` in scan.cuh.
-unsafe impl KernelArguments for ScanArguments {}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Normed {
-    norm: u64,
-    norm_bias: u64,
-    x: u64,
-    squares: u64,
-    factors: u64,
-    width: i64,
-    blocks: i64,
-    eps: f32,
-    centred: i32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct EmbedArguments {
-    table: u64,
-    ids: u64,
-    residual: u64,
-    to: Normed,
-    columns: i64,
-    classes: i64,
-}
-// SAFETY: the layout of `EmbedArguments` in rows.cu.
-unsafe impl KernelArguments for EmbedArguments {}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct NormArguments {
-    residual: u64,
-    to: Normed,
-    columns: i64,
-}
-// SAFETY: the layout of `NormArguments` in rows.cu.
-unsafe impl KernelArguments for NormArguments {}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct JoinArguments {
-    parts: u64,
-    pairs: i64,
-    row_tiles: i64,
-    bias: u64,
-    residual: u64,
-    to: Normed,
-    columns: i64,
-}
-// SAFETY: the layout of `JoinArguments` in rows.cu.
-unsafe impl KernelArguments for JoinArguments {}
 
 fn address<T: bytemuck::Pod>(buffer: &Option<DeviceBuffer<T>>) -> u64 {
     buffer.as_ref().map_or(0, DeviceBuffer::address)
@@ -434,7 +297,7 @@ impl Step {
             self.project("decode_part", &layer.output, columns, cut, &part)?;
             self.gpu.launch_chained(
                 &kernel,
-                Launch::linear(columns as u32, self.join_threads(columns)),
+                Launch::linear(columns as u32, self.column_threads()),
                 &join,
             )
         }
@@ -550,12 +413,6 @@ impl Step {
     /// Threads of a kernel whose blocks own a column: one a term, where they can.
     fn column_threads(&self) -> u32 {
         self.sizes.width.next_multiple_of(32).min(1024) as u32
-    }
-
-    /// The same of a kernel whose blocks fill half a multiprocessor's registers with 512 threads.
-    fn join_threads(&self, columns: usize) -> u32 {
-        let most = if columns > self.target.multiprocessors { 512 } else { 1024 };
-        self.column_threads().min(most)
     }
 
     fn normed(&self, norm: &NormWeights) -> Normed {

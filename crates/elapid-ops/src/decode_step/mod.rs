@@ -17,6 +17,7 @@
 //! kernels bf16. A sum over terms has one order, whatever the number of sequences: a sequence's logits and states have the
 //! same bits alone and in any batch.
 
+mod arguments;
 mod cuda;
 mod cut;
 mod packed;

@@ -35,6 +35,8 @@ constexpr bool WIDE = COLUMN_WARPS > 0;
 // Warps that share the rows of a block of many: in whole groups where groups of four multiply.
 constexpr int ROW_WARPS = GROUPED ? (ROW_TILES + 3) / 4 * 4 : ROW_TILES;
 constexpr int WIDE_THREADS = ROW_WARPS * COLUMN_WARPS * WARP;
+// Blocks on a multiprocessor where columns are few.
+constexpr int FEW_COLUMNS_BLOCKS = COLUMN_WARPS == 0 && ROW_TILES * COLUMN_TILES <= 4 ? 2 : 1;
 // Of the columns' factors in shared memory.
 constexpr int FACTOR_BYTES = (COLUMNS * 4 + 127) / 128 * 128;
 DEVICE float* sums_of(float* room) { return room + FACTOR_BYTES / 4; }
