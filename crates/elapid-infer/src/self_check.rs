@@ -13,6 +13,7 @@ use elapid_formats::ModelSource;
 use elapid_models::{Context, LanguageModel, MambaConfig};
 use elapid_tensor::autograd::no_grad;
 use elapid_tensor::{DType, Device, Sequences, Tensor};
+use rayon::prelude::*;
 
 use crate::{Error, Result};
 use reference::{Parameters, Reference};
@@ -55,6 +56,13 @@ pub struct Checked {
     pub values: usize,
     /// The largest difference, as a share of what rounding explains.
     pub worst: f64,
+}
+
+impl Checked {
+    fn add(&mut self, other: Self) {
+        self.values += other.values;
+        self.worst = self.worst.max(other.worst);
+    }
 }
 
 /// The weights as they were read, against which a model is checked later. Those of a model share its memory
@@ -126,10 +134,10 @@ impl<'a> SelfCheck<'a> {
             let (hidden, _) = model.hidden(&ids, &sequences, None, &mut context)?;
             let logits = model.logits(&hidden)?;
             taken.push(("logits".into(), logits));
-            let values = taken
-                .into_iter()
-                .map(|(name, tensor)| Ok((name, tensor.to(Device::Cpu)?.to_f64_vec()?)));
-            values.collect()
+            let (names, tensors): (Vec<String>, Vec<Tensor>) = taken.into_iter().unzip();
+            let values = Tensor::all_to_host(&tensors)?;
+            let named = names.into_par_iter().zip(values);
+            named.map(|(name, tensor)| Ok((name, tensor.to_f64_vec()?))).collect()
         })
     }
 

@@ -119,6 +119,62 @@ impl Tensor {
         with_element!(self.dtype, T => read::<T>(&whole))
     }
 
+    /// The values of many tensors on the host, without gradients. Those of a GPU are gathered there, without gaps, and come in
+    /// one piece: for small ones that takes a fraction of the time of one transfer for each. They are held twice on the GPU
+    /// meanwhile, and the results share one storage, which is there as long as any of them is.
+    ///
+    /// # Errors
+    /// If a GPU fails or is full.
+    pub fn all_to_host(tensors: &[Tensor]) -> Result<Vec<Tensor>> {
+        // So that elements of every type are aligned.
+        const ALIGN: usize = 64;
+        let Some(gpu) = tensors.iter().find_map(Tensor::gpu) else {
+            return Ok(tensors.iter().map(Tensor::detach).collect());
+        };
+        let mut bytes = 0;
+        let places: Vec<Option<usize>> = tensors
+            .iter()
+            .map(|tensor| {
+                (tensor.device() == Device::Cuda(gpu.id())).then(|| {
+                    let place = bytes;
+                    bytes += (tensor.elements() * tensor.dtype.size()).next_multiple_of(ALIGN);
+                    place
+                })
+            })
+            .collect();
+        let block = gpu.scratch_block(bytes)?;
+        for (tensor, place) in tensors.iter().zip(&places) {
+            let Some(place) = place else { continue };
+            let from = tensor.layout()?;
+            let address = block.address() + *place as u64;
+            // SAFETY: a view lies within its storage; nobody else has the block, in which each tensor has its place.
+            unsafe {
+                if tensor.is_contiguous() {
+                    let bytes = tensor.elements() * tensor.dtype.size();
+                    gpu.copy_within(address, from.address, bytes)?;
+                } else {
+                    let strides = tensor.shape.contiguous_strides();
+                    copy::copy(gpu, &from, &Layout { address, strides, ..from })?;
+                }
+            }
+        }
+        let mut buffer = Buffer::<u8>::scratch(bytes);
+        block.read_into(0, &mut buffer)?;
+        let storage = Arc::new(Storage::Cpu(buffer.into_block()));
+        let fetched = tensors.iter().zip(places).map(|(tensor, place)| match place {
+            None => tensor.detach().to(Device::Cpu),
+            Some(place) => Ok(Self {
+                storage: storage.clone(),
+                shape: tensor.shape,
+                strides: tensor.shape.contiguous_strides(),
+                offset: place / tensor.dtype.size(),
+                dtype: tensor.dtype,
+                meta: None,
+            }),
+        });
+        fetched.collect()
+    }
+
     /// The GPU that the tensor is on; none for the host.
     pub fn gpu(&self) -> Option<&Gpu> {
         match &*self.storage {

@@ -36,6 +36,29 @@ fn values_move_there_and_back() {
 }
 
 #[test]
+fn many_tensors_come_to_the_host_together() {
+    for device in devices() {
+        let there = |tensor: Tensor| tensor.to(device).unwrap();
+        let x = counting(&[5, 7]);
+        let halves = x.cast(DType::BF16).unwrap();
+        let bytes = Tensor::from_slice(&[1u8, 2, 3], [3]).unwrap();
+        let none = Tensor::from_slice::<f32>(&[], [0, 4]).unwrap();
+        let own = [x.clone(), halves.clone(), none, bytes, x.transpose(0, 1).unwrap(), x.clone()];
+        let mut sent: Vec<Tensor> = own[..4].iter().cloned().map(there).collect();
+        sent.extend([there(x.clone()).transpose(0, 1).unwrap(), x.clone()]);
+        let fetched = Tensor::all_to_host(&sent).unwrap();
+        assert_eq!(fetched.len(), own.len());
+        for (fetched, own) in fetched.iter().zip(&own) {
+            assert_eq!(fetched.device(), Device::Cpu);
+            assert_eq!((fetched.shape(), fetched.dtype()), (own.shape(), own.dtype()));
+            assert_eq!(fetched.to_f64_vec().unwrap(), own.to_f64_vec().unwrap());
+        }
+        assert_eq!(fetched[1].data::<bf16>().unwrap(), halves.data::<bf16>().unwrap());
+        assert!(Tensor::all_to_host(&[]).unwrap().is_empty());
+    }
+}
+
+#[test]
 fn views_are_copied_like_on_the_host() {
     for device in devices() {
         type View = fn(&Tensor) -> Tensor;

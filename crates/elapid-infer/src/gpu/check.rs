@@ -5,7 +5,8 @@
 use std::ops::ControlFlow;
 
 use elapid_models::State;
-use elapid_tensor::{DType, Device, Sequence, Sequences};
+use elapid_tensor::{DType, Sequence, Sequences, Tensor};
+use rayon::prelude::*;
 
 use super::GpuEngine;
 use crate::{Error, Logits, ModelRunner, Result, Runner};
@@ -48,11 +49,9 @@ impl GpuEngine<'_> {
             (own, state) = self.logits(std::slice::from_ref(id), &[one], state)?;
         }
         self.steps = None;
-        let wide =
-            |values: &[f32]| values.iter().map(|&value| f64::from(value)).collect::<Vec<_>>();
         let mut comparison = Comparison::default();
         comparison.of_states(&state, &expected)?;
-        comparison.of("logits", "the last token", &wide(&own), &wide(&logits))?;
+        comparison.judge("logits", "the last token", &Difference::between(&own, &logits))?;
         Ok(comparison.values)
     }
 }
@@ -68,51 +67,85 @@ struct Comparison {
 
 impl Comparison {
     fn of_states(&mut self, found: &State, expected: &State) -> Result<()> {
-        for (index, (found, expected)) in found.layers.iter().zip(&expected.layers).enumerate() {
+        let (mut places, mut tensors) = (Vec::new(), Vec::new());
+        for (layer, (found, expected)) in found.layers.iter().zip(&expected.layers).enumerate() {
             // The convolution's comes before the scan's.
             for name in ["conv_state", "ssm_state"] {
                 let (Some(found), Some(expected)) = (found.get(name), expected.get(name)) else {
                     continue;
                 };
-                let [found, expected] = [found, expected].map(|tensor| {
-                    let tensor = tensor.cast(DType::F32).and_then(|tensor| tensor.to(Device::Cpu));
-                    tensor.and_then(|tensor| tensor.to_f64_vec())
-                });
-                let (found, expected) = (found?, expected?);
-                self.of(&format!("backbone.layers.{index}.mixer"), name, &found, &expected)?;
+                places.push((layer, name));
+                tensors.extend([found.cast(DType::F32)?, expected.cast(DType::F32)?]);
             }
+        }
+        let tensors = Tensor::all_to_host(&tensors)?;
+        let values = tensors.iter().map(Tensor::data::<f32>).collect::<Result<Vec<_>, _>>()?;
+        let compared: Vec<Difference<'_>> =
+            values.par_chunks_exact(2).map(|pair| Difference::between(pair[0], pair[1])).collect();
+        for ((layer, name), difference) in places.iter().zip(&compared) {
+            self.judge(&format!("backbone.layers.{layer}.mixer"), name, difference)?;
         }
         Ok(())
     }
 
-    fn of(&mut self, tensor: &str, what: &str, found: &[f64], expected: &[f64]) -> Result<()> {
-        let off = |(found, expected): (&f64, &f64)| (found - expected).powi(2);
-        let difference = found.iter().zip(expected).map(off).sum::<f64>().sqrt();
-        let norm = expected.iter().map(|value| value * value).sum::<f64>().sqrt();
+    /// # Errors
+    /// [`Error::SelfCheck`] if values are off by more than rounding explains.
+    fn judge(&mut self, tensor: &str, what: &str, difference: &Difference<'_>) -> Result<()> {
+        let Difference { found, expected, off, norm } = *difference;
         // False also if one of them is no number.
-        let near = difference <= TOLERANCE.max(GROWTH * self.worst) * norm;
+        let near = off <= TOLERANCE.max(GROWTH * self.worst) * norm;
         if near && found.len() == expected.len() {
             self.values += found.len();
             // Nothing differs from zeros that are expected.
-            self.worst = self.worst.max(if norm == 0.0 { 0.0 } else { difference / norm });
+            self.worst = self.worst.max(if norm == 0.0 { 0.0 } else { off / norm });
             return Ok(());
         }
-        let worst = found.iter().zip(expected).enumerate().max_by(|(_, a), (_, b)| {
-            let [a, b] = [a, b].map(|pair| off((pair.0, pair.1)));
-            // What is no number is the worst.
-            a.is_nan().cmp(&b.is_nan()).then(a.total_cmp(&b))
-        });
-        let (at, found, expected) = worst.map_or((0, 0.0, 0.0), |(at, (f, e))| (at, *f, *e));
+        let (at, found, expected) = difference.worst();
         let place = format!("{what} of decode steps, index {at}");
         Err(Error::SelfCheck { tensor: tensor.into(), place, expected, found })
     }
+}
+
+/// Values beside those that are expected.
+struct Difference<'a> {
+    found: &'a [f32],
+    expected: &'a [f32],
+    /// Norm of the difference.
+    off: f64,
+    /// Norm of what is expected.
+    norm: f64,
+}
+
+impl<'a> Difference<'a> {
+    fn between(found: &'a [f32], expected: &'a [f32]) -> Self {
+        let (mut off, mut norm) = (0.0, 0.0);
+        for pair in found.iter().zip(expected) {
+            off += square_off(pair);
+            norm += f64::from(*pair.1).powi(2);
+        }
+        Self { found, expected, off: off.sqrt(), norm: norm.sqrt() }
+    }
+
+    /// Index of the pair that is furthest off, and what was found and expected there.
+    fn worst(&self) -> (usize, f64, f64) {
+        let worst = self.found.iter().zip(self.expected).enumerate().max_by(|(_, a), (_, b)| {
+            let [a, b] = [a, b].map(|pair| square_off(*pair));
+            // What is no number is the worst.
+            a.is_nan().cmp(&b.is_nan()).then(a.total_cmp(&b))
+        });
+        worst.map_or((0, 0.0, 0.0), |(at, (f, e))| (at, f64::from(*f), f64::from(*e)))
+    }
+}
+
+fn square_off((found, expected): (&f32, &f32)) -> f64 {
+    (f64::from(*found) - f64::from(*expected)).powi(2)
 }
 
 #[cfg(test)]
 mod tests {
     use elapid_models::{LanguageModel, MambaConfig, NormKind};
     use elapid_ops::decode_step::{Encoding, Packed, Source};
-    use elapid_tensor::Tensor;
+    use elapid_tensor::Device;
     use elapid_tensor::cuda::Gpu;
 
     use super::*;

@@ -1,5 +1,5 @@
-//! The computation of a Mamba language model in plain f64 loops, one module after the other, each from the
-//! activations that the pass had before it: so an error shows where it is made, not where it ends.
+//! The computation of a Mamba language model in plain f64 loops, each module from the activations that the pass had
+//! before it: so an error shows where it is made, not where it ends, and layers are looked at side by side.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -10,6 +10,7 @@ use elapid_models::MambaConfig;
 use elapid_ops::blocks::Encoding;
 use elapid_ops::quantized_linear::rounding_block;
 use elapid_tensor::{DType, Tensor};
+use rayon::prelude::*;
 
 use super::{Checked, Rows, Trace};
 use crate::{Error, Result};
@@ -24,7 +25,7 @@ fn tolerance(compute: DType) -> f64 {
 }
 
 /// Parameters by their names in the Hugging Face layout, as f32.
-pub(crate) trait Parameters {
+pub(crate) trait Parameters: Sync {
     /// Number of elements; none if there is no such parameter.
     fn elements(&self, name: &str) -> Option<usize>;
 
@@ -86,7 +87,6 @@ impl<'a> Reference<'a> {
 
     pub(crate) fn run(&mut self, tokens: &[u32]) -> Result<()> {
         let d = self.config.d_model;
-        const EMBEDDINGS: &str = "backbone.embeddings";
         let name = format!("{EMBEDDINGS}.weight");
         let found = (EMBEDDINGS, self.values(EMBEDDINGS)?);
         for (t, id) in tokens.iter().enumerate() {
@@ -96,27 +96,38 @@ impl<'a> Reference<'a> {
                 self.same(&name, found, t * d + c, expected, expected.abs())?;
             }
         }
-        let mut stream = EMBEDDINGS.to_owned();
-        let mut before: Option<String> = None;
-        for layer in 0..self.config.n_layer {
-            self.layer = layer;
-            let prefix = format!("backbone.layers.{layer}");
-            let residual = format!("{prefix}.residual");
-            self.sum(&residual, before.as_deref(), &stream)?;
-            self.norm(&format!("{prefix}.norm"), &residual)?;
-            self.mixer(&prefix)?;
-            stream = format!("{prefix}.mixer.out_proj");
-            before = Some(residual);
+        // Each layer starts from what the pass had there, so none waits for another.
+        let start = &*self;
+        let layers: Vec<Result<Checked>> = (0..self.config.n_layer)
+            .into_par_iter()
+            .map(|layer| {
+                let mut own = Self { layer, checked: Checked::default(), ..*start };
+                own.one_layer()?;
+                Ok(own.checked)
+            })
+            .collect();
+        // The first that is wrong is told.
+        for layer in layers {
+            self.checked.add(layer?);
         }
-        self.last_norm(before.as_deref(), &stream)?;
+        let (residual, hidden) = before_layer(self.config.n_layer);
+        self.last_norm(residual.as_deref(), &hidden)?;
         let head = match self.config.tie_embeddings {
             true => name.as_str(),
             false => "lm_head.weight",
         };
         // The head computes in f32 on every device, from what the last norm gave.
-        self.layer = 0;
         let last = self.values("backbone.norm_f")?;
         self.linear(head, None, last, d, "logits")
+    }
+
+    fn one_layer(&mut self) -> Result<()> {
+        let prefix = layer_name(self.layer);
+        let residual = format!("{prefix}.residual");
+        let (before, hidden) = before_layer(self.layer);
+        self.sum(&residual, before.as_deref(), &hidden)?;
+        self.norm(&format!("{prefix}.norm"), &residual)?;
+        self.mixer(&prefix)
     }
 
     /// A whole parameter.
@@ -234,13 +245,8 @@ impl<'a> Reference<'a> {
             let w = self.part(weight_name, row * width..(row + 1) * width)?;
             let b = bias.as_ref().map_or(0.0, |bias| f64::from(bias[row]));
             for (t, x) in rounded.chunks(width).enumerate() {
-                let (mut sum, mut size) = (b, b.abs());
-                for (w, x) in w.iter().zip(x) {
-                    let product = f64::from(*w) * x;
-                    sum += product;
-                    size += product.abs();
-                }
-                self.same(weight_name, found, t * count + row, sum, size)?;
+                let (sum, size) = dot(&w, x);
+                self.same(weight_name, found, t * count + row, b + sum, b.abs() + size)?;
             }
         }
         Ok(())
@@ -365,6 +371,41 @@ impl<'a> Reference<'a> {
         }
         Ok(())
     }
+}
+
+const EMBEDDINGS: &str = "backbone.embeddings";
+
+fn layer_name(layer: usize) -> String {
+    format!("backbone.layers.{layer}")
+}
+
+/// Names of what a layer adds up: the residual stream before it, but for the first, and what came last.
+fn before_layer(layer: usize) -> (Option<String>, String) {
+    match layer.checked_sub(1).map(layer_name) {
+        None => (None, EMBEDDINGS.into()),
+        Some(last) => (Some(format!("{last}.residual")), format!("{last}.mixer.out_proj")),
+    }
+}
+
+/// The sum of products, and that of their magnitudes.
+fn dot(w: &[f32], x: &[f64]) -> (f64, f64) {
+    // Sums that do not wait for each other.
+    const LANES: usize = 8;
+    let terms = w.len().min(x.len());
+    let (w, x) = (&w[..terms], &x[..terms]);
+    let (mut sums, mut sizes) = ([0.0; LANES], [0.0; LANES]);
+    let mut add = |w: &[f32], x: &[f64]| {
+        for (lane, (w, x)) in w.iter().zip(x).enumerate() {
+            let product = f64::from(*w) * x;
+            sums[lane] += product;
+            sizes[lane] += product.abs();
+        }
+    };
+    let (w, x) = (w.chunks_exact(LANES), x.chunks_exact(LANES));
+    let ends = (w.remainder(), x.remainder());
+    w.zip(x).for_each(|(w, x)| add(w, x));
+    add(ends.0, ends.1);
+    (sums.iter().sum(), sizes.iter().sum())
 }
 
 /// Rows of inputs as a product takes them: rounded to eight bits under the scale of each block, ties to even; as

@@ -423,7 +423,7 @@ impl Gpu {
 
     /// # Safety
     /// As [`Gpu::fill_zero`], for `to`; `from` must be in memory of this GPU.
-    pub(super) unsafe fn copy_within(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
+    pub(crate) unsafe fn copy_within(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
         let turn = self.turn();
         match self.driver() {
             Driver::Card(card) => card.copy_within(to, from, bytes),
