@@ -1,8 +1,8 @@
 // Products by groups of four warps, the first a multiple of four: c += a b as multiply_tile does it, for COUNT tiles of
 // columns that the tensor cores read from shared memory themselves, once for the rows of all four. A tile's b0 and b1 are
-// matrices of 128 bytes, NEXT bytes apart; tiles are STRIDE bytes apart. The whole group calls start_group, multiplies,
-// begin_group and end_group, before which the sums mean nothing. On cards that have it (compute capability 9.0) the sums have the bits of
-// multiply_tile's; elsewhere they are made by it.
+// matrices of 128 bytes, NEXT bytes apart; tiles are STRIDE bytes apart, the first AT bytes behind the place that is given.
+// The whole group calls start_group, multiplies, begin_group and end_group, before which the sums mean nothing. On cards that
+// have it (compute capability 9.0) the sums have the bits of multiply_tile's; elsewhere they are made by it.
 #pragma once
 #include "prelude.cuh"
 
@@ -71,16 +71,15 @@ template <int COUNT> DEVICE void start_group(float (&c)[COUNT][4]) {
 #endif
 }
 
-template <int NEXT, int STRIDE, int COUNT>
+template <int AT, int NEXT, int STRIDE, int COUNT>
 DEVICE void multiply_group(float (&c)[COUNT][4], const uint32_t (&a)[4], const uint8_t* b) {
 #ifdef HAS_GROUPS
-    uint64_t place;
-    asm("cvta.to.shared.u64 %0, %1;" : "=l"(place) : "l"(b));
-    multiply_group_on_card(c, a, (place & 0x3ffff) >> 4 | uint64_t(NEXT / 16) << 16 | uint64_t(STRIDE / 16) << 32);
+    uint32_t place = (place_of_shared(b) >> 4 | uint32_t(NEXT / 16) << 16) + AT / 16;
+    multiply_group_on_card(c, a, place | uint64_t(STRIDE / 16) << 32);
 #else
 #pragma unroll
     for (int n = 0; n < COUNT; ++n) {
-        const uint32_t* words = reinterpret_cast<const uint32_t*>(b + n * STRIDE) + lane_id();
+        const uint32_t* words = reinterpret_cast<const uint32_t*>(b + AT + n * STRIDE) + lane_id();
         multiply_tile(c[n], a, words[0], words[NEXT / 4]);
     }
 #endif

@@ -104,109 +104,80 @@ KERNEL(decode_input, InputArguments, SHARES * WARP, FEW_COLUMNS_BLOCKS) {
 }
 #else
 
-// Neighbouring numbers of which the first `there` are, by packs of four where they can be.
-template <int COUNT> DEVICE void load_run(float (&to)[COUNT], const float* from, int there) {
-    if (there == COUNT && packable<float, 4>(from, 0)) {
+// Neighbouring numbers of which the first `there` are; by packs of four where WHOLE says that all are, and aligned.
+template <bool WHOLE, int COUNT> DEVICE void load_run(float (&to)[COUNT], const float* from, int there) {
+    if constexpr (WHOLE) {
 #pragma unroll
         for (int i = 0; i < COUNT; i += 4) {
             Pack<uint32_t, 4> words = load_fresh_words(from + i);
 #pragma unroll
             for (int j = 0; j < 4; ++j) to[i + j] = float_of(words.at[j]);
         }
-        return;
-    }
+    } else {
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) to[i] = i < there ? load_fresh(from + i) : 0.0f;
+        for (int i = 0; i < COUNT; ++i) to[i] = i < there ? load_fresh(from + i) : 0.0f;
+    }
 }
-template <int COUNT> DEVICE void store_run(float* to, const float (&from)[COUNT], int there) {
-    if (there == COUNT && packable<float, 4>(to, 0)) {
+template <bool WHOLE, int COUNT> DEVICE void store_run(float* to, const float (&from)[COUNT], int there) {
+    if constexpr (WHOLE) {
 #pragma unroll
         for (int i = 0; i < COUNT; i += 4) store_pack<float, 4>(to + i, {{from[i], from[i + 1], from[i + 2], from[i + 3]}});
-        return;
-    }
+    } else {
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i)
-        if (i < there) to[i] = from[i];
+        for (int i = 0; i < COUNT; ++i)
+            if (i < there) to[i] = from[i];
+    }
 }
 
-// What a warp finishes at a time: 16 rows of 8 columns, a lane four rows of a column.
-struct Piece {
-    int row, column;          // in the block: the lane's first row, and its column
-    int64_t channel;          // of that row
+constexpr uint32_t NO_SLOT = 0xffffffffu;
+constexpr int WARPS = WIDE_THREADS / WARP;
+// Pieces of a warp.
+constexpr int EACH = (ROW_TILES * COLUMN_TILES + WARPS - 1) / WARPS;
+
+// What a warp finishes at a time: 16 rows of 8 columns, a lane four rows of a column. Where channels are WHOLE, all four are
+// there, and rows start where packs do.
+template <bool WHOLE> struct Piece {
+    uint32_t row, column;     // in the block: the lane's first row, and its column
+    uint32_t channel;         // of that row
     int there;                // of the four rows, those that are; 0 without a sequence
     bool is_x;
-    int64_t slot;
+    uint32_t place;           // of the sequence's first channel among the slots'
 
-    DEVICE Piece(const InputArguments& args, int index, const int32_t* slots) {
-        int tile = index / COLUMN_TILES;
+    // Tiles of x and z take turns (tile_at).
+    DEVICE Piece(const InputArguments& args, int index, const uint32_t* places) {
+        uint32_t tile = uint32_t(index) / COLUMN_TILES, at = blockIdx.x * ROW_TILES + tile;
         row = tile * TILE_ROWS + lane_id() % 4 * 4;
-        column = index % COLUMN_TILES * TILE_COLUMNS + lane_id() / 4;
-        int64_t place = int64_t(blockIdx.x) * ROW_TILES + tile;
-        bool is_one = tile < ROW_TILES && place < args.product.row_tiles;
-        Channel made(args.product, is_one ? tile_at(args.product, place) : 0, row % TILE_ROWS);
-        is_x = made.is_x;
-        channel = made.at;
-        slot = is_one ? slots[column] : -1;
-        there = slot < 0 ? 0 : int(most<int64_t>(0, least<int64_t>(4, args.channels - channel)));
+        column = uint32_t(index) % COLUMN_TILES * TILE_COLUMNS + lane_id() / 4;
+        is_x = at % 2 == 0;
+        channel = at / 2 * TILE_ROWS + row % TILE_ROWS;
+        bool is_one = tile < ROW_TILES && at < uint32_t(args.product.row_tiles);
+        place = is_one ? places[column] : NO_SLOT;
+        there = place == NO_SLOT ? 0 : 4;
+        if (!WHOLE && there > 0) there = int(most<int64_t>(0, least<int64_t>(4, args.channels - channel)));
     }
-    DEVICE float* tail(const InputArguments& args) const { return args.tail + (slot * args.channels + channel) * (TAPS - 1); }
+    DEVICE float* tail(const InputArguments& args) const { return args.tail + uint64_t(place + channel) * (TAPS - 1); }
+    DEVICE int64_t sequence() const { return sequence_of(int(column)); }
 };
 
-KERNEL(decode_input, InputArguments, WIDE_THREADS, 1) {
-    DYNAMIC_SHARED(float, room);
-    __shared__ int32_t slots[COLUMNS];
-    // Of each row its taps, their bias and the product's: [CONSTANTS][ROWS], behind the sums.
-    constexpr int CONSTANTS = TAPS + 2, OWN_CONSTANTS = (CONSTANTS * ROWS + WIDE_THREADS - 1) / WIDE_THREADS;
-    float* constants = sums_of(room) + COLUMNS * STRIDE;
-    float own_constants[OWN_CONSTANTS];
-    constexpr int WARPS = WIDE_THREADS / WARP, EACH = (ROW_TILES * COLUMN_TILES + WARPS - 1) / WARPS;
-    // Pieces whose tails are under way at a time.
-    constexpr int TURN = EACH < 5 ? EACH : 5;
-    multiply<SHARES>(args.product, room, [&]() {
-        for (int column = threadIdx.x; column < COLUMNS; column += WIDE_THREADS)
-            slots[column] = slot_of(args, column);
-#pragma unroll
-        for (int i = 0; i < OWN_CONSTANTS; ++i) {
-            int index = i * WIDE_THREADS + threadIdx.x, row = index % ROWS, which = index / ROWS;
-            int64_t place = int64_t(blockIdx.x) * ROW_TILES + row / TILE_ROWS;
-            bool there = place < args.product.row_tiles;
-            Channel made(args.product, there ? tile_at(args.product, place) : 0, row % TILE_ROWS);
-            own_constants[i] = 0.0f;
-            if (!there || made.at >= args.channels) continue;
-            if (which < TAPS) {
-                if (made.is_x) own_constants[i] = args.taps[made.at * TAPS + which];
-            } else if (which == TAPS) {
-                if (made.is_x && args.tap_bias) own_constants[i] = args.tap_bias[made.at];
-            } else if (which < CONSTANTS && args.bias) {
-                own_constants[i] = args.bias[made.is_x ? made.at : args.channels + made.at];
-            }
-        }
-        __syncthreads();
-        // No other kernel touches the tails.
-        for (int i = 0; TAPS > 1 && i < EACH; ++i) {
-            Piece piece(args, i * WARPS + warp_id(), slots);
-            if (piece.is_x && piece.there > 0) fetch_ahead(piece.tail(args));
-        }
-    }, [&]() {
-#pragma unroll
-        for (int i = 0; i < OWN_CONSTANTS; ++i) {
-            int index = i * WIDE_THREADS + threadIdx.x;
-            if (index < CONSTANTS * ROWS) constants[index] = own_constants[i];
-        }
-    });
+// The convolution, SiLU and the gate of the block's sums. `constants` are those of each row: its taps, their bias and the
+// product's: [TAPS + 2][ROWS].
+template <bool WHOLE> DEVICE void finish(const InputArguments& args, const float* room, const float* constants, const uint32_t* places) {
+    // Pieces whose tails are under way at a time, as many in each turn: what registers there are.
+    constexpr int MOST = WIDE_THREADS > 256 ? 5 : 7;
+    constexpr int TURNS = (EACH + MOST - 1) / MOST, TURN = (EACH + TURNS - 1) / TURNS;
 #pragma unroll 1
     for (int turn = 0; turn < EACH; turn += TURN) {
         float tails[TURN][4 * KEPT];
         if (TAPS > 1) {
 #pragma unroll
             for (int i = 0; i < TURN; ++i) {
-                Piece piece(args, (turn + i) * WARPS + warp_id(), slots);
-                if (piece.is_x && piece.there > 0) load_run(tails[i], piece.tail(args), piece.there * KEPT);
+                Piece<WHOLE> piece(args, (turn + i) * WARPS + warp_id(), places);
+                if (piece.is_x && piece.there > 0) load_run<WHOLE>(tails[i], piece.tail(args), piece.there * KEPT);
             }
         }
 #pragma unroll
         for (int i = 0; i < TURN; ++i) {
-            Piece piece(args, (turn + i) * WARPS + warp_id(), slots);
+            Piece<WHOLE> piece(args, (turn + i) * WARPS + warp_id(), places);
             if (piece.there == 0) continue;
             auto constant = [&](int which) { return load_pack<float, 4>(constants + which * ROWS + piece.row); };
             Pack<float, 4> values = load_pack<float, 4>(sums_of(room) + piece.column * STRIDE + piece.row), bias = constant(TAPS + 1);
@@ -229,14 +200,14 @@ KERNEL(decode_input, InputArguments, WIDE_THREADS, 1) {
                     for (int j = 0; j < 4; ++j)
 #pragma unroll
                         for (int k = 0; k < KEPT; ++k) tails[i][j * KEPT + k] = k + 1 < KEPT ? tails[i][j * KEPT + k + 1] : values.at[j];
-                    store_run(piece.tail(args), tails[i], piece.there * KEPT);
+                    store_run<WHOLE>(piece.tail(args), tails[i], piece.there * KEPT);
                 }
                 // Neighbouring terms are a word, and those of the next matrix another.
-                bf16* u = args.u + activation_place(sequence_of(piece.column), piece.channel, args.channel_blocks);
+                bf16* u = args.u + activation_place(piece.sequence(), piece.channel, args.channel_blocks);
 #pragma unroll
                 for (int j = 0; j < 4; j += 2) {
                     bf16* to = u + j / 2 * (MATRIX / 2);
-                    if (j + 1 < piece.there) {
+                    if (WHOLE || j + 1 < piece.there) {
                         *reinterpret_cast<uint32_t*>(to) = pair_of(results[j], results[j + 1]);
                     } else if (j < piece.there) {
                         *to = from_float<bf16>(results[j]);
@@ -246,8 +217,8 @@ KERNEL(decode_input, InputArguments, WIDE_THREADS, 1) {
             }
 #pragma unroll
             for (int j = 0; j < 4; ++j) results[j] = silu(values.at[j]);
-            bf16* gate = args.gate + sequence_of(piece.column) * args.channels + piece.channel;
-            if (piece.there == 4 && packable<bf16, 4>(gate, 0)) {
+            bf16* gate = args.gate + piece.sequence() * args.channels + piece.channel;
+            if (WHOLE) {
                 store_pack<uint32_t, 2>(reinterpret_cast<uint32_t*>(gate), {{pair_of(results[0], results[1]), pair_of(results[2], results[3])}});
             } else {
 #pragma unroll
@@ -255,6 +226,55 @@ KERNEL(decode_input, InputArguments, WIDE_THREADS, 1) {
                     if (j < piece.there) gate[j] = from_float<bf16>(results[j]);
             }
         }
+    }
+}
+
+KERNEL(decode_input, InputArguments, WIDE_THREADS, 1) {
+    DYNAMIC_SHARED(float, room);
+    __shared__ uint32_t places[COLUMNS];
+    constexpr int CONSTANTS = TAPS + 2, OWN_CONSTANTS = (CONSTANTS * ROWS + WIDE_THREADS - 1) / WIDE_THREADS;
+    // Behind the sums.
+    float* constants = sums_of(room) + COLUMNS * STRIDE;
+    float own_constants[OWN_CONSTANTS];
+    bool whole = args.channels % TILE_ROWS == 0;
+    multiply<SHARES>(args.product, room, [&]() {
+        for (int column = threadIdx.x; column < COLUMNS; column += WIDE_THREADS) {
+            int32_t slot = slot_of(args, column);
+            places[column] = slot < 0 ? NO_SLOT : uint32_t(slot) * uint32_t(args.channels);
+        }
+#pragma unroll
+        for (int i = 0; i < OWN_CONSTANTS; ++i) {
+            int index = i * WIDE_THREADS + threadIdx.x, row = index % ROWS, which = index / ROWS;
+            int64_t place = int64_t(blockIdx.x) * ROW_TILES + row / TILE_ROWS;
+            bool there = place < args.product.row_tiles;
+            Channel made(args.product, there ? tile_at(args.product, place) : 0, row % TILE_ROWS);
+            own_constants[i] = 0.0f;
+            if (!there || made.at >= args.channels) continue;
+            if (which < TAPS) {
+                if (made.is_x) own_constants[i] = args.taps[made.at * TAPS + which];
+            } else if (which == TAPS) {
+                if (made.is_x && args.tap_bias) own_constants[i] = args.tap_bias[made.at];
+            } else if (which < CONSTANTS && args.bias) {
+                own_constants[i] = args.bias[made.is_x ? made.at : args.channels + made.at];
+            }
+        }
+        __syncthreads();
+        // No other kernel touches the tails.
+        for (int i = 0; TAPS > 1 && i < EACH; ++i) {
+            Piece<true> piece(args, i * WARPS + warp_id(), places);
+            if (whole && piece.is_x && piece.there > 0) fetch_ahead(piece.tail(args));
+        }
+    }, [&]() {
+#pragma unroll
+        for (int i = 0; i < OWN_CONSTANTS; ++i) {
+            int index = i * WIDE_THREADS + threadIdx.x;
+            if (index < CONSTANTS * ROWS) constants[index] = own_constants[i];
+        }
+    });
+    if (whole) {
+        finish<true>(args, room, constants, places);
+    } else {
+        finish<false>(args, room, constants, places);
     }
 }
 #endif

@@ -88,17 +88,20 @@ struct Narrow {
 #pragma unroll
             for (int i = 0; i < COUNT; ++i) multiply_tile(sums[i], words[s].at, x[i].at[2 * s], x[i].at[2 * s + 1]);
     }
+    // The blocks' products, from block FIRST on, as multiply_shared begins them.
+    template <int FIRST, int STRIDE, int BLOCKS, int COUNT>
+    static DEVICE void multiply_from(float (&sums)[COUNT][4], const Narrow (&blocks)[BLOCKS], const uint8_t* columns) {
+        multiply_group<FIRST * COLUMN_BLOCK, MATRIX, STRIDE>(sums, blocks[FIRST].words[0].at, columns);
+        multiply_group<FIRST * COLUMN_BLOCK + 2 * MATRIX, MATRIX, STRIDE>(sums, blocks[FIRST].words[1].at, columns);
+        if constexpr (FIRST + 1 < BLOCKS) multiply_from<FIRST + 1, STRIDE>(sums, blocks, columns);
+    }
     // The same of some blocks with COUNT tiles of columns in shared memory, by a group of four warps that have other rows and
     // the same columns: block k's tiles stand from `columns + k * COLUMN_BLOCK` on, STRIDE bytes apart. `during` runs when
     // the tensor cores have begun.
     template <int STRIDE, int BLOCKS, int COUNT, class During>
     static DEVICE void multiply_shared(float (&sums)[COUNT][4], const Narrow (&blocks)[BLOCKS], const uint8_t* columns, During during) {
         start_group(sums);
-#pragma unroll
-        for (int k = 0; k < BLOCKS; ++k)
-#pragma unroll
-            for (int s = 0; s < 2; ++s)
-                multiply_group<MATRIX, STRIDE>(sums, blocks[k].words[s].at, columns + k * COLUMN_BLOCK + 2 * s * MATRIX);
+        multiply_from<0, STRIDE>(sums, blocks, columns);
         begin_group();
         during();
         end_group(sums);
@@ -177,9 +180,8 @@ struct Quantised {
 #pragma unroll
             for (int i = 0; i < COUNT; ++i) block[i][0] = block[i][1] = block[i][2] = block[i][3] = 0.0f;
             start_group(block);
-#pragma unroll
-            for (int s = 0; s < 2; ++s)
-                multiply_group<MATRIX, STRIDE>(block, a[s], columns + k * COLUMN_BLOCK + 2 * s * MATRIX);
+            multiply_group<0, MATRIX, STRIDE>(block, a[0], columns + k * COLUMN_BLOCK);
+            multiply_group<2 * MATRIX, MATRIX, STRIDE>(block, a[1], columns + k * COLUMN_BLOCK);
             begin_group();
             if (k == 0) during();
             end_group(block);

@@ -218,6 +218,14 @@ impl LayerState {
             DType::BF16 => self.state.device_slice::<bf16>()?.address(),
             _ => self.state.device_slice::<f32>()?.address(),
         };
-        Ok((self.tail.device_slice::<f32>()?.address(), state))
+        let tail = self.tail.device_slice::<f32>()?.address();
+        // Kernels move 16 bytes at a time.
+        match tail | state {
+            both if both.is_multiple_of(16) => Ok((tail, state)),
+            _ => Err(elapid_tensor::Error::argument(
+                OP,
+                "tail or state starts between multiples of 16 bytes, as a view can",
+            )),
+        }
     }
 }

@@ -241,8 +241,8 @@ static_assert(STAGES >= 3, "a ring of three stages");
 constexpr int OWN = COLUMN_TILES / COLUMN_WARPS;
 
 // Of a warp: its tile of rows, which may be behind the block's last, and its first tile of columns.
-DEVICE int own_row_tile() { return warp_id() % ROW_WARPS; }
-DEVICE int own_column_tile() { return warp_id() / ROW_WARPS * OWN; }
+DEVICE int own_row_tile() { return COLUMN_WARPS == 1 ? warp_id() : warp_id() % ROW_WARPS; }
+DEVICE int own_column_tile() { return COLUMN_WARPS == 1 ? 0 : warp_id() / ROW_WARPS * OWN; }
 
 // Of the runs [first_share, end_share): `end_of_share(share, sums)` is called with the sums of each, which it may change
 // to those that the next one starts from.
@@ -257,36 +257,37 @@ DEVICE void multiply_many(const Product& product, float* room, int first_share, 
     int thread = threadIdx.x;
 
     // Chunks of 16 bytes: those of a tile's blocks follow one another, in memory and in the stage, and a thread's have the
-    // same places in every stage. Tiles behind the last are the last one again; their sums are not used.
+    // same places in every stage. It keeps where those of the first step are, in chunks from the start of the weights or the
+    // activations, a word each (up to 64 GiB). Tiles behind the last are the last one again; their sums are not used.
     constexpr int TILE = STAGE_BLOCKS * Weights::BYTES / 16, CHUNKS = ROW_TILES * TILE;
     constexpr int COLUMN_TILE = STAGE_BLOCKS * COLUMN_BLOCK / 16, COLUMN_CHUNKS = COLUMN_TILES * COLUMN_TILE;
-    const uint8_t* weights[(CHUNKS + WIDE_THREADS - 1) / WIDE_THREADS];
-    const uint8_t* columns[(COLUMN_CHUNKS + WIDE_THREADS - 1) / WIDE_THREADS];
+    uint32_t weights[(CHUNKS + WIDE_THREADS - 1) / WIDE_THREADS];
+    uint32_t columns[(COLUMN_CHUNKS + WIDE_THREADS - 1) / WIDE_THREADS];
 #pragma unroll
     for (int base = 0; base < CHUNKS; base += WIDE_THREADS) {
         int index = base + thread;
         int64_t tile = tile_at(product, least(place0 + index / TILE, product.row_tiles - 1));
-        weights[base / WIDE_THREADS] = product.weights + (tile * product.blocks + first) * Weights::BYTES + index % TILE * 16;
+        weights[base / WIDE_THREADS] = uint32_t((tile * product.blocks + first) * (Weights::BYTES / 16)) + index % TILE;
     }
 #pragma unroll
     for (int base = 0; base < COLUMN_CHUNKS; base += WIDE_THREADS) {
         int index = base + thread;
         int64_t tile = least(column_tile0 + index / COLUMN_TILE, column_tiles - 1);
-        columns[base / WIDE_THREADS] = product.x + (tile * product.blocks + first) * COLUMN_BLOCK + index % COLUMN_TILE * 16;
+        columns[base / WIDE_THREADS] = uint32_t((tile * product.blocks + first) * (COLUMN_BLOCK / 16)) + index % COLUMN_TILE;
     }
     auto copy_weights = [&](int step, int stage) {
         uint8_t* to = ring + stage * STAGE_BYTES + thread * 16;
 #pragma unroll
         for (int base = 0; base < CHUNKS; base += WIDE_THREADS)
             if (base + WIDE_THREADS <= CHUNKS || base + thread < CHUNKS)
-                copy_async(to + base * 16, weights[base / WIDE_THREADS] + int64_t(step) * (STAGE_BLOCKS * Weights::BYTES));
+                copy_async(to + base * 16, product.weights + uint64_t(weights[base / WIDE_THREADS] + uint32_t(step * TILE)) * 16);
     };
     auto copy_columns = [&](int step, int stage) {
         uint8_t* to = ring + stage * STAGE_BYTES + STAGE_WEIGHTS + thread * 16;
 #pragma unroll
         for (int base = 0; base < COLUMN_CHUNKS; base += WIDE_THREADS)
             if (base + WIDE_THREADS <= COLUMN_CHUNKS || base + thread < COLUMN_CHUNKS)
-                copy_async(to + base * 16, columns[base / WIDE_THREADS] + int64_t(step) * (STAGE_BLOCKS * COLUMN_BLOCK));
+                copy_async(to + base * 16, product.x + uint64_t(columns[base / WIDE_THREADS] + uint32_t(step * COLUMN_TILE)) * 16);
     };
     for (int step = 0; step < STAGES - 1 && step < steps; ++step) copy_weights(step, step);
     let_next_start();

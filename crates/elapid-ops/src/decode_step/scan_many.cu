@@ -3,7 +3,8 @@
 // of states under way from before the kernel waits for the one before it until its last ones are there.
 //
 // What a state needs besides itself is made ready in shared memory meanwhile: B and C by rows of the selection, Δ by a
-// product of the tensor cores of 16 channels and 8 sequences a warp.
+// product of the tensor cores of 16 channels and 8 sequences a warp. What is asked for before the kernel waits is first used
+// behind it: loads come back in their order, so that whatever is asked for last waits for all states.
 //
 // Macros: those of scan.cuh, STATES 4, 8, 16 or 32; CHANNEL_TILES, COLUMN_GROUPS; RESIDENT, blocks on a multiprocessor;
 // UNDER_WAY; DELTA_WARPS, that share a sum of Δ in scan.cu.
@@ -24,6 +25,9 @@ constexpr int WANTED = UNDER_WAY / (4 * sizeof(State)), AHEAD = TURNS < WANTED ?
 // Of the selection's rows in shared memory: rows of 16 bytes that lanes read without meeting a bank twice.
 constexpr int ROUNDED = (WIDTH + 3) / 4 * 4;
 constexpr int STRIDE = ROUNDED % 8 == 0 ? ROUNDED + 4 : ROUNDED;
+// Δ's weights come to shared memory before the kernel waits, if they are many and leave room there; the pairs take their place.
+constexpr bool KEPT_DELTA = DELTA_BLOCKS >= 4 && DELTA_BLOCKS <= 8;
+constexpr int PAIR_BYTES = PAIRS * int(sizeof(Pair)), DELTA_BYTES = KEPT_DELTA ? CHANNEL_TILES * DELTA_BLOCKS * Narrow::BYTES : 0;
 constexpr int DELTA_PARTS = DELTA_BLOCKS < DELTA_WARPS ? DELTA_BLOCKS : DELTA_WARPS;
 
 // By one instruction, which a copy of the numbers is not always made into.
@@ -48,9 +52,15 @@ DEVICE Pack<float, 4> four(const float* from) {
 KERNEL(decode_scan_many, ScanArguments, 32 * CHANNEL_TILES * COLUMN_GROUPS, RESIDENT) {
     __shared__ Pack<float, 4> row_room[COLUMNS * STRIDE / 4];
     __shared__ uint32_t places[COLUMNS];
-    __shared__ Pair pairs[PAIRS];
     __shared__ float reads[PAIRS];   // Δ's sums, then what is read out
+    __shared__ Pack<uint32_t, 4> pair_room[(DELTA_BYTES > PAIR_BYTES ? DELTA_BYTES : PAIR_BYTES) / 16];
     float* rows = row_room[0].at;
+    uint8_t* delta_weights = reinterpret_cast<uint8_t*>(pair_room);
+    Pair* pairs = reinterpret_cast<Pair*>(pair_room);
+    auto delta_from = [&](int half) {
+        int64_t tile = least(int64_t(blockIdx.x) * CHANNEL_TILES + half, ceil_div(args.channels, TILE_ROWS) - 1);
+        return args.delta + tile * (DELTA_BLOCKS * Narrow::BYTES);
+    };
     // Neighbouring blocks have other sequences, so that they do not all want the same rows of the selection at once.
     uint32_t thread = threadIdx.x;
     int64_t channel0 = int64_t(blockIdx.x) * CHANNELS, sequence0 = (int64_t(blockIdx.x) + blockIdx.y) % gridDim.y * COLUMNS;
@@ -77,14 +87,17 @@ KERNEL(decode_scan_many, ScanArguments, 32 * CHANNEL_TILES * COLUMN_GROUPS, RESI
     for (int turn = 0; turn < AHEAD; ++turn) load(turn);
     Pack<float, 4> rates = {{0.0f, 0.0f, 0.0f, 0.0f}};
     if (has_own) rates = load_pack<float, 4>(args.a + (channel0 + own) * STATES + 4 * quad);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) rates.at[i] *= LOG2_E;
     // This thread's pairs: of one channel too.
     int pair_channel = thread % CHANNELS;
     int64_t channel = channel0 + pair_channel;
     bool has_channel = channel < args.channels;
     float bias = has_channel && args.delta_bias ? args.delta_bias[channel] : 0.0f;
     float skip = has_channel ? args.d[channel] : 0.0f;
+    if (KEPT_DELTA) {
+        constexpr int CHUNKS = DELTA_BLOCKS * Narrow::BYTES / 16;
+        for (uint32_t i = thread; i < CHANNEL_TILES * CHUNKS; i += THREADS)
+            copy_async(delta_weights + i * 16, delta_from(i / CHUNKS) + i % CHUNKS * 16);
+    }
     let_next_start();
     wait_for_previous();
 
@@ -114,7 +127,6 @@ KERNEL(decode_scan_many, ScanArguments, 32 * CHANNEL_TILES * COLUMN_GROUPS, RESI
 
     {
         int g = lane_id() / 4, t = lane_id() % 4, half = warp_id() % CHANNEL_TILES, group = warp_id() / CHANNEL_TILES;
-        int64_t tile = least(int64_t(blockIdx.x) * CHANNEL_TILES + half, ceil_div(args.channels, TILE_ROWS) - 1);
         const float* row = rows + (group * TILE_COLUMNS + g) * STRIDE;
         bool has_row = group * TILE_COLUMNS + g < filled;
         float sums[DELTA_PARTS][1][4];
@@ -125,7 +137,11 @@ KERNEL(decode_scan_many, ScanArguments, 32 * CHANNEL_TILES * COLUMN_GROUPS, RESI
 #pragma unroll
         for (int block = 0; block < DELTA_BLOCKS; ++block) {
             Narrow weights;
-            weights.load(args.delta + (tile * DELTA_BLOCKS + block) * Narrow::BYTES);
+            if (KEPT_DELTA) {
+                weights.load_shared(delta_weights + (half * DELTA_BLOCKS + block) * Narrow::BYTES);
+            } else {
+                weights.load(delta_from(half) + block * Narrow::BYTES);
+            }
             Pack<uint32_t, 4> x[1];
             int term = block * BLOCK_TERMS + 8 * t;
             if (RANK % 8 == 0) {
@@ -159,6 +175,8 @@ KERNEL(decode_scan_many, ScanArguments, 32 * CHANNEL_TILES * COLUMN_GROUPS, RESI
         pairs[i * THREADS + thread] = {delta, delta * u[i]};
     }
     __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) rates.at[i] *= LOG2_E;
     const float* own_rows = rows + column0 * STRIDE + RANK + 4 * quad;
     const Pair* own_pairs = pairs + column0 * CHANNELS + own;
     float* own_reads = reads + column0 * CHANNELS + own;

@@ -406,7 +406,8 @@ fn cuda_steps_of_a_batch_have_the_bits_of_each_sequence_alone() {
     }
 }
 
-/// Sums of many terms, in stages of three blocks and through warps' rings; on a card, real models' sizes.
+/// Sums of many terms, in stages of three blocks and through warps' rings; a Δ of high rank, tiles that are not full, three
+/// taps and norms of the selection with many sequences; on a card, real models' sizes.
 #[test]
 fn cuda_steps_of_long_sums_have_the_bits_of_each_sequence_alone() {
     let small = |width, inner| Sizes { width, inner, states: 4, ..plain() };
@@ -415,6 +416,11 @@ fn cuda_steps_of_long_sums_have_the_bits_of_each_sequence_alone() {
         let cases: &[(Sizes, &[usize], &[Encoding])] = match gpu.is_emulated() {
             true => &[
                 (small(768, 64), &[33], &[Encoding::Bf16]),
+                (
+                    Sizes { rank: 100, taps: 3, selection_eps: Some(1e-6), ..small(64, 70) },
+                    &[35],
+                    &[Encoding::Bf16],
+                ),
                 (small(1056, 96), &[12], &[Encoding::Bf16]),
                 (small(1056, 96), &[25], &[Encoding::Q8]),
             ],
