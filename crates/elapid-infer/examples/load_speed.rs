@@ -1,13 +1,16 @@
-//! Times the parts of loading a model for decoding in bf16 on a GPU, and the self-check's share of them:
+//! Times the parts of loading a model for decoding, and the self-check's share of them:
 //! `cargo run --release -p elapid-infer --example load_speed MODEL [REPEATS]`. MODEL is a folder or a file.
 //!
-//! The first round also loads kernels, which reading a prompt and the first step need anyway; medians are of the others.
+//! On a GPU it decodes in bf16, and the first round also loads kernels, which reading a prompt and the first step need anyway.
+//! Without one it decodes on all processors, as the file is stored, in f32 and in q8_0, with and without the check in turns;
+//! the first round also brings the file into memory. Medians are of the other rounds.
 
 use std::path::Path;
 use std::time::Instant;
 
 use elapid_formats::ModelSource;
-use elapid_infer::{GpuEngine, Rows, SelfCheck};
+use elapid_infer::{CpuEngine, GpuEngine, Loading, Rows, SelfCheck};
+use elapid_ops::blocks::Encoding;
 use elapid_tensor::{DType, Device};
 
 type Failure = Box<dyn std::error::Error>;
@@ -16,10 +19,8 @@ fn main() -> Result<(), Failure> {
     let model = std::env::args().nth(1).ok_or("the model's folder or file is missing")?;
     let repeats: usize = std::env::args().nth(2).map_or(Ok(9), |text| text.parse())?;
     let started = Instant::now();
-    let (device, reason) = Device::best();
-    let Some(gpu) = device.gpu()? else {
-        return Err(reason.map_or("there is no GPU".into(), Into::into));
-    };
+    let (device, _) = Device::best();
+    let Some(gpu) = device.gpu()? else { return on_cpu(Path::new(&model), repeats) };
     println!("{device} found in {:.1} ms", 1e3 * started.elapsed().as_secs_f64());
     let source = ModelSource::open(Path::new(&model))?;
     let mut rounds = Vec::new();
@@ -46,13 +47,47 @@ fn main() -> Result<(), Failure> {
             _ => rounds.push(parts),
         }
     }
-    let median = |part: usize| {
-        let mut times: Vec<f64> = rounds.iter().map(|parts| parts[part]).collect();
-        times.sort_by(f64::total_cmp);
-        times.get(times.len() / 2).copied().unwrap_or(f64::NAN)
-    };
-    println!("medians:     {}", text(&[0, 1, 2, 3].map(median)));
+    let part = |part: usize| median(rounds.iter().map(|parts| parts[part]).collect());
+    println!("medians:     {}", text(&[0, 1, 2, 3].map(part)));
     Ok(())
+}
+
+fn on_cpu(model: &Path, repeats: usize) -> Result<(), Failure> {
+    let threads = std::thread::available_parallelism()?.get();
+    for encoding in [None, Some(Encoding::F32), Some(Encoding::Q8_0)] {
+        let (mut without, mut with) = (Vec::new(), Vec::new());
+        for round in 0..=repeats {
+            // Either comes first in every other round.
+            for checked in [round % 2 == 0, round % 2 != 0] {
+                let check = checked.then_some(Rows::AT_LOAD);
+                let loading = Loading { encoding, threads, check, progress: &mut |_, _| {} };
+                let started = Instant::now();
+                let source = ModelSource::open(model)?;
+                let engine = CpuEngine::load(&source, loading)?;
+                let time = 1e3 * started.elapsed().as_secs_f64();
+                drop(engine);
+                match (round, checked) {
+                    (0, _) => {}
+                    (_, true) => with.push(time),
+                    (_, false) => without.push(time),
+                }
+            }
+        }
+        let extra =
+            median(with.iter().zip(&without).map(|(with, without)| with - without).collect());
+        let (with, without) = (median(with), median(without));
+        let name = encoding.map_or("as stored".into(), |encoding| encoding.to_string());
+        println!(
+            "cpu, {name}: load {without:.1} ms, with its check {with:.1}; in neighbours the check is {extra:.1} ms, {:.1} % of the rest",
+            100.0 * extra / without
+        );
+    }
+    Ok(())
+}
+
+fn median(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times.get(times.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 fn text([load, check, engine, steps]: &[f64; 4]) -> String {

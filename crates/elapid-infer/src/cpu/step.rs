@@ -296,8 +296,20 @@ impl Frame<'_> {
     /// # Safety
     /// As [`Frame::layers`]; there must be room for these logits.
     pub(super) unsafe fn logits(&self, member: &Member<'_>, wanted: &[usize]) {
-        let Sizes { d, vocabulary, .. } = self.sizes;
-        let head = self.weights.head.as_ref().unwrap_or(&self.weights.embedding);
+        // SAFETY: the caller's; threads have classes of their own.
+        unsafe {
+            self.last_norm(member, wanted);
+            self.classes(wanted.len(), share_rows(member, self.sizes.vocabulary));
+        }
+        member.wait();
+    }
+
+    /// The last norm of the tokens `wanted`, as the head takes them; all threads meet behind it.
+    ///
+    /// # Safety
+    /// As [`Frame::logits`].
+    pub(super) unsafe fn last_norm(&self, member: &Member<'_>, wanted: &[usize]) {
+        let (d, head) = (self.sizes.d, self.head());
         let mut sum = vec![0.0; d];
         for row in member.share(wanted.len()) {
             // SAFETY: residual and output are only read now; the normed row is this thread's.
@@ -310,13 +322,22 @@ impl Frame<'_> {
             }
         }
         member.wait();
-        let rows = share_rows(member, vocabulary);
+    }
+
+    /// Logits of some classes for so many tokens, after [`Frame::last_norm`].
+    ///
+    /// # Safety
+    /// As [`Frame::logits`]; no other thread may have these classes.
+    pub(super) unsafe fn classes(&self, tokens: usize, rows: Range<usize>) {
         // SAFETY: the normed rows are only read now; these rows of the logits are this thread's.
         unsafe {
             let to = Rows { pointer: self.logits.pointer.add(rows.start), ..self.logits };
-            self.project(head, self.normed, wanted.len(), rows, to);
+            self.project(self.head(), self.normed, tokens, rows, to);
         }
-        member.wait();
+    }
+
+    fn head(&self) -> &Matrix {
+        self.weights.head.as_ref().unwrap_or(&self.weights.embedding)
     }
 
     /// The embedding of a token.
