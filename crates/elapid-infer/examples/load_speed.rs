@@ -17,7 +17,12 @@ type Failure = Box<dyn std::error::Error>;
 
 fn main() -> Result<(), Failure> {
     let model = std::env::args().nth(1).ok_or("the model's folder or file is missing")?;
-    let repeats: usize = std::env::args().nth(2).map_or(Ok(9), |text| text.parse())?;
+    let repeats: usize = match std::env::args().nth(2) {
+        Some(text) => {
+            text.parse().map_err(|_| format!("REPEATS is {text:?}, expected a number"))?
+        }
+        None => 9,
+    };
     let started = Instant::now();
     let (device, _) = Device::best();
     let Some(gpu) = device.gpu()? else { return on_cpu(Path::new(&model), repeats) };

@@ -21,11 +21,14 @@ use reference::{Parameters, Reference};
 /// How much is looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rows {
-    /// So many output rows of each weight.
+    /// So many output rows of each weight, in runs of up to eight neighbours.
     Sampled(usize),
     /// Every one.
     All,
 }
+
+/// Rows that kernels take together.
+const RUN: usize = 8;
 
 impl Rows {
     /// Enough to see a wrong kernel at once.
@@ -35,8 +38,12 @@ impl Rows {
     pub(crate) fn of(self, count: usize, salt: usize) -> Vec<usize> {
         match self {
             Self::Sampled(rows) if rows < count => {
-                let mut chosen: Vec<usize> =
-                    (0..rows).map(|i| (i * count / rows + salt * 7 + i) % count).collect();
+                let run = rows.clamp(1, RUN);
+                let (runs, places) = (rows / run, count.div_ceil(run));
+                let mut chosen: Vec<usize> = (0..runs)
+                    .map(|i| (i * places / runs + salt * 7 + i) % places * run)
+                    .flat_map(|start| start..count.min(start + run))
+                    .collect();
                 chosen.sort_unstable();
                 chosen.dedup();
                 chosen

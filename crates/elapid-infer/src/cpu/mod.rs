@@ -80,7 +80,7 @@ impl CpuEngine {
         let checked = match check {
             Some(rows) => engine.check(source, rows, progress)?,
             None => {
-                engine.check_finite(0, progress)?;
+                engine.check_finite(progress)?;
                 Checked::default()
             }
         };

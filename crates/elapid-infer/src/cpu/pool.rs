@@ -41,6 +41,11 @@ impl Member<'_> {
     }
 }
 
+/// Runs a part that no other thread takes.
+pub(super) fn alone<R>(part: impl FnOnce(&Member<'_>) -> R) -> R {
+    part(&Member { index: 0, threads: 1, barrier: &Barrier::default() })
+}
+
 #[derive(Default)]
 struct Barrier {
     arrived: AtomicUsize,

@@ -213,10 +213,10 @@ impl Frame<'_> {
         state: LayerPlace,
     ) {
         let Sizes { d, e, .. } = self.sizes;
-        let Tokens { ids, count: tokens, stretches } = tokens;
+        let Tokens { ids, count, .. } = tokens;
         match stage {
             Stage::Norm => {
-                for token in member.share(tokens) {
+                for token in member.share(count) {
                     // SAFETY: these rows are this thread's until the meeting; `out` was written before the last one.
                     unsafe {
                         let residual = slice(self.residual, token, d);
@@ -228,41 +228,32 @@ impl Frame<'_> {
                             None => Some(&*slice(self.out, token, d)),
                         };
                         layer.norm.run(out, residual, slice(self.normed, token, d));
-                        self.round_row(&layer.in_proj, self.normed, token, tokens);
+                        self.round_row(&layer.in_proj, self.normed, token, count);
                     }
                 }
             }
             Stage::InProj => {
                 let own = channels(member, e);
+                let gates = e + own.start..e + own.end;
                 // SAFETY: the normed rows are only read now; channels of x and z are this thread's.
                 unsafe {
-                    let gates = e + own.start..e + own.end;
-                    let x = Rows { pointer: self.x.pointer.add(own.start), ..self.x };
-                    let z = Rows { pointer: self.z.pointer.add(own.start), ..self.z };
-                    self.project(&layer.in_proj, self.normed, tokens, own, x);
-                    self.project(&layer.in_proj, self.normed, tokens, gates, z);
+                    self.part(stage, layer, tokens, own, state);
+                    self.part(stage, layer, tokens, gates, state);
                 }
             }
-            Stage::Convolution => {
-                // SAFETY: channels of x and the state are this thread's.
-                unsafe {
-                    layer.convolution.run(channels(member, e), stretches, self.x, state.conv);
-                }
-            }
-            Stage::XProj => {
-                // SAFETY: u is only read now; rows of the projection are this thread's.
-                unsafe {
-                    self.round(member, &layer.x_proj, self.x, tokens);
-                    let rows = share_rows(member, layer.x_proj.rows);
-                    let pointer = self.projected.pointer.add(rows.start);
-                    let to = Rows { pointer, ..self.projected };
-                    self.project(&layer.x_proj, self.x, tokens, rows, to);
-                }
-            }
+            // SAFETY: channels of x and the state are this thread's.
+            Stage::Convolution => unsafe {
+                self.part(stage, layer, tokens, channels(member, e), state);
+            },
+            // SAFETY: u is only read now; rows of the projection are this thread's.
+            Stage::XProj => unsafe {
+                self.round(member, &layer.x_proj, count);
+                self.part(stage, layer, tokens, share_rows(member, layer.x_proj.rows), state);
+            },
             Stage::PartNorms => {
                 let Sizes { projected, rank, states, .. } = self.sizes;
                 let Some(eps) = self.weights.rms_eps else { return };
-                for token in member.share(tokens) {
+                for token in member.share(count) {
                     // SAFETY: these rows are this thread's until the next meeting.
                     let row = unsafe { slice(self.projected, token, projected) };
                     let (dt, bc) = row.split_at_mut(rank);
@@ -272,20 +263,55 @@ impl Frame<'_> {
                     }
                 }
             }
-            Stage::Scan => {
-                let own = channels(member, e);
-                // SAFETY: the projection is only read now; channels of u, z and the state are this thread's.
-                unsafe {
-                    layer.scan.run(own, stretches, self.x, self.z, self.projected, state.ssm);
+            // SAFETY: the projection is only read now; channels of u, z and the state are this thread's.
+            Stage::Scan => unsafe {
+                self.part(stage, layer, tokens, channels(member, e), state);
+            },
+            // SAFETY: y was written before the meeting and is only read now; rows of the output are this thread's.
+            Stage::OutProj => unsafe {
+                self.round(member, &layer.out_proj, count);
+                self.part(stage, layer, tokens, share_rows(member, d), state);
+            },
+        }
+    }
+
+    /// Some rows of a stage's projection, which are not of x and z both, or some channels in whole tiles; nothing of norms.
+    ///
+    /// # Safety
+    /// As [`Frame::stage`]; inputs must be rounded, and no other thread may have these rows or channels.
+    pub(super) unsafe fn part(
+        &self,
+        stage: Stage,
+        layer: &Layer,
+        tokens: Tokens<'_>,
+        rows: Range<usize>,
+        state: LayerPlace,
+    ) {
+        let Tokens { count, stretches, .. } = tokens;
+        // SAFETY: the caller's.
+        unsafe {
+            let from = |to: Rows, start: usize| Rows { pointer: to.pointer.add(start), ..to };
+            match stage {
+                Stage::Norm | Stage::PartNorms => {}
+                Stage::InProj => {
+                    let to = match rows.start.checked_sub(self.sizes.e) {
+                        None => from(self.x, rows.start),
+                        Some(start) => from(self.z, start),
+                    };
+                    self.project(&layer.in_proj, self.normed, count, rows, to);
                 }
-            }
-            Stage::OutProj => {
-                // SAFETY: y was written before the meeting and is only read now; rows of the output are this thread's.
-                unsafe {
-                    self.round(member, &layer.out_proj, self.x, tokens);
-                    let rows = share_rows(member, d);
-                    let to = Rows { pointer: self.out.pointer.add(rows.start), ..self.out };
-                    self.project(&layer.out_proj, self.x, tokens, rows, to);
+                Stage::Convolution => layer.convolution.run(rows, stretches, self.x, state.conv),
+                Stage::XProj => {
+                    let to = from(self.projected, rows.start);
+                    self.project(&layer.x_proj, self.x, count, rows, to);
+                }
+                Stage::Scan => {
+                    let (u, z, state) = (self.x, self.z, state.ssm);
+                    layer.scan.run(rows, stretches, u, z, self.projected, state);
+                }
+                Stage::OutProj => {
+                    let to = from(self.out, rows.start);
+                    self.project(&layer.out_proj, self.x, count, rows, to);
                 }
             }
         }
@@ -359,17 +385,20 @@ impl Frame<'_> {
         unsafe { self.writer(matrix).write_row(token, tokens, slice(x, token, matrix.columns)) };
     }
 
-    /// Rounds the inputs of `matrix`, each thread its share, and meets; nothing for floats.
-    unsafe fn round(&self, member: &Member<'_>, matrix: &Matrix, x: Rows, tokens: usize) {
+    /// Rounds the inputs of `matrix`, rows of u or y, each thread its share, and meets; nothing for floats.
+    ///
+    /// # Safety
+    /// As [`Frame::stage`].
+    pub(super) unsafe fn round(&self, member: &Member<'_>, matrix: &Matrix, tokens: usize) {
         let writer = self.writer(matrix);
         if !writer.rounds() {
             return;
         }
         // SAFETY: the rows were written before the last meeting; the units are this thread's.
         unsafe {
-            let rows = std::slice::from_raw_parts(x.pointer, tokens * x.stride);
+            let rows = std::slice::from_raw_parts(self.x.pointer, tokens * self.x.stride);
             for unit in member.share(writer.units(tokens)) {
-                writer.write(unit, tokens, rows, x.stride);
+                writer.write(unit, tokens, rows, self.x.stride);
             }
         }
         member.wait();

@@ -287,7 +287,7 @@ impl<'a> Reference<'a> {
         Ok(rows.map(|row| [&row[..r], &row[r..r + n], &row[r + n..]].map(norm)).collect())
     }
 
-    /// silu(conv(x)) of the first half of what the input projection gave.
+    /// silu(conv(x)) of the first half of what the input projection gave. A state of fewer channels repeats.
     fn convolution(&mut self, input: &str, output: &str) -> Result<()> {
         let (e, taps) = (self.config.d_inner(), self.config.d_conv);
         let weight_name = format!("{output}.weight");
@@ -304,7 +304,10 @@ impl<'a> Reference<'a> {
                     let x = match (t.checked_sub(back), before) {
                         (Some(t), _) => x[t * 2 * e + c],
                         // The state ends with the token before the first.
-                        (None, Some(state)) => state[(c + 1) * (taps - 1) + t - back],
+                        (None, Some(state)) => {
+                            let own = c % (state.len() / (taps - 1));
+                            state[(own + 1) * (taps - 1) + t - back]
+                        }
                         (None, None) => break,
                     };
                     // The last tap meets the present token.
@@ -318,7 +321,7 @@ impl<'a> Reference<'a> {
         Ok(())
     }
 
-    /// h = exp(Δ A) h + Δ B u; y = (C h + D u) silu(z).
+    /// h = exp(Δ A) h + Δ B u; y = (C h + D u) silu(z). A state of fewer channels repeats.
     fn scan(&mut self, prefix: &str, parts: &[[Vec<f64>; 3]]) -> Result<()> {
         let (e, n, r) = (self.config.d_inner(), self.config.d_state, self.config.dt_rank());
         let name = |field: &str| format!("{prefix}.mixer.{field}");
@@ -337,7 +340,8 @@ impl<'a> Reference<'a> {
                 Some(_) => None,
                 None => Some(self.part(&name("dt_proj.weight"), c * r..(c + 1) * r)?),
             };
-            let mut h = before.map_or(vec![0.0; n], |state| state[c * n..(c + 1) * n].to_vec());
+            let mut h = before
+                .map_or(vec![0.0; n], |state| state[c % (state.len() / n) * n..][..n].to_vec());
             let mut sizes: Vec<f64> = h.iter().map(|h| h.abs()).collect();
             for (t, [dt, b, into]) in parts.iter().enumerate() {
                 let mut step = dt_bias.as_ref().map_or(0.0, |bias| f64::from(bias[c]));
