@@ -4,21 +4,24 @@
 use std::path::Path;
 
 use elapid_formats::gguf::GgufFile;
-use elapid_formats::{Bytes, StateFile, TensorFile, Weights, hf, pytorch};
+use elapid_formats::tokenizer::Vocabulary;
+use elapid_formats::{Bytes, Error, StateFile, TensorFile, Tokenizer, Weights, hf, pytorch};
 use elapid_tensor::DType;
 
 /// The name of a corpus, and the parser that reads it.
 pub type Entry = (&'static str, fn(&[u8]));
 
 /// Every parser.
-pub const ALL: [Entry; 7] = [
+pub const ALL: [Entry; 9] = [
     ("config", config),
     ("gguf", gguf),
+    ("index", index),
     ("npz", npz),
     ("pickle", pickle),
     ("pytorch", pytorch),
     ("safetensors", safetensors),
     ("state", state),
+    ("tokenizer", tokenizer),
 ];
 
 /// Header and every tensor of a safetensors file.
@@ -50,12 +53,74 @@ pub fn npz(data: &[u8]) {
     weights("fuzz.npz", data);
 }
 
-/// A GGUF file: header, metadata, vocabulary, tensors.
+/// A GGUF file: header, metadata, vocabulary and the tokenizer it becomes, tensors.
 pub fn gguf(data: &[u8]) {
-    if let Ok(file) = GgufFile::from_bytes(Path::new("fuzz.gguf"), Bytes::from(data.to_vec())) {
-        let _ = file.vocabulary();
+    let path = Path::new("fuzz.gguf");
+    if let Ok(file) = GgufFile::from_bytes(path, Bytes::from(data.to_vec()))
+        && let Ok(vocabulary) = file.vocabulary()
+    {
+        if let Ok(Some(tokenizer)) = vocabulary.tokenizer(path) {
+            both_ways(&tokenizer);
+        }
+        let _ = vocabulary.to_json(path);
     }
     weights("fuzz.gguf", data);
+}
+
+/// The index of a folder with two shards, of one tensor each, and a damaged third.
+pub fn index(data: &[u8]) {
+    let mut opened = 0;
+    let weights = Weights::of_index(Path::new("model.safetensors.index.json"), data, &mut |file| {
+        opened += 1;
+        match file.to_str() {
+            Some("1.safetensors") => Ok(shard("a", 2)),
+            Some("2.safetensors") => Ok(shard("b", 3)),
+            Some("3.safetensors") => Ok(Bytes::from(vec![0xff; 9])),
+            _ => Err(Error::Format { path: file.into(), message: "no such file".into() }),
+        }
+    });
+    assert!(opened <= 3);
+    if let Ok(weights) = weights {
+        assert_eq!(weights.tensors.len(), weights.files.len());
+        assert!(weights.tensors.keys().all(|name| name == "a" || name == "b"));
+    }
+}
+
+/// A `tokenizer.json`; what is accepted reads and writes text.
+pub fn tokenizer(data: &[u8]) {
+    let path = Path::new("tokenizer.json");
+    if let Ok(tokenizer) = Tokenizer::from_json(path, data) {
+        both_ways(&tokenizer);
+    }
+    if let Ok(value) = serde_json::from_slice(data)
+        && let Ok(Some(lists)) = Vocabulary::from_json(path, &value, 300)
+        && let Ok(Some(tokenizer)) = lists.tokenizer(path)
+    {
+        both_ways(&tokenizer);
+    }
+}
+
+/// A file of safetensors with one tensor.
+fn shard(name: &str, len: usize) -> Bytes {
+    let end = 4 * len;
+    let header =
+        format!(r#"{{"{name}":{{"dtype":"F32","shape":[{len}],"data_offsets":[0,{end}]}}}}"#);
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.bytes());
+    bytes.resize(bytes.len() + end, 1);
+    Bytes::from(bytes)
+}
+
+/// Text to tokens and back, at once and one by one.
+fn both_ways(tokenizer: &Tokenizer) {
+    let ids = match tokenizer.encode("The naïve théorie,\n of 12345 things<|end|>", true) {
+        Ok(ids) => ids,
+        Err(_) => (0..8).collect(),
+    };
+    let _ = tokenizer.decode(&ids, true);
+    let (mut stream, mut bytes) = (tokenizer.detokenizer(&[]), Vec::new());
+    ids.iter().for_each(|&id| stream.push(id, &mut bytes));
+    stream.finish(&mut bytes);
 }
 
 /// A config.json; what is accepted must survive being written.

@@ -41,6 +41,21 @@ pub fn save_hugging_face(source: &ModelSource, folder: &Path, dtype: Option<DTyp
     })
 }
 
+/// Writes a folder with `config.json` as transformers has it and `pytorch_model.bin`, for programs that read no
+/// safetensors. A tied head is there too and shares the embedding's storage.
+///
+/// # Errors
+/// As [`save_hugging_face`].
+pub fn save_hugging_face_pytorch(
+    source: &ModelSource,
+    folder: &Path,
+    dtype: Option<DType>,
+) -> Result<()> {
+    let storages = outgoing(source, dtype)?;
+    let config = hf::config_to_json(source.config(), main_type(&storages));
+    save_state_dict(source, folder, &config, EMBEDDINGS, &storages)
+}
+
 /// Writes a folder with `config.json` and `pytorch_model.bin` in the layout of the original code. A tied head is
 /// there too and shares the embedding's storage.
 ///
@@ -48,8 +63,18 @@ pub fn save_hugging_face(source: &ModelSource, folder: &Path, dtype: Option<DTyp
 /// As [`save_hugging_face`]; if the model has what that layout cannot say.
 pub fn save_original(source: &ModelSource, folder: &Path, dtype: Option<DType>) -> Result<()> {
     let config = hf::config_to_original_json(source.config(), folder)?;
-    let storages = outgoing(source, dtype)?;
-    in_folder(source, folder, &config, PYTORCH_FILE, |path| {
+    save_state_dict(source, folder, &config, ORIGINAL_EMBEDDINGS, &outgoing(source, dtype)?)
+}
+
+/// Writes a folder with a configuration and a state dict, in which the embedding has the name `embeddings`.
+fn save_state_dict(
+    source: &ModelSource,
+    folder: &Path,
+    config: &serde_json::Value,
+    embeddings: &str,
+    storages: &[Outgoing],
+) -> Result<()> {
+    in_folder(source, folder, config, PYTORCH_FILE, |path| {
         let mut tensors = Vec::new();
         for (storage, from) in storages.iter().enumerate() {
             let shape = from.tensor.shape.as_slice();
@@ -58,12 +83,12 @@ pub fn save_original(source: &ModelSource, folder: &Path, dtype: Option<DType>) 
                 add(&from.name);
                 continue;
             }
-            add(ORIGINAL_EMBEDDINGS);
+            add(embeddings);
             if source.config().tie_embeddings {
                 add(HEAD);
             }
         }
-        atomic::write_file(path, |out| pytorch::write_state_dict(out, &tensors, &storages))
+        atomic::write_file(path, |out| pytorch::write_state_dict(out, &tensors, storages))
     })
 }
 

@@ -13,15 +13,20 @@ use crate::{Error, Result};
 /// A configuration is a few kilobytes, the index of a sharded model a few hundred.
 const LARGEST: u64 = 16 << 20;
 
-/// Reads a text file of bounded size.
-pub(crate) fn read_text(path: &Path) -> Result<String> {
+/// Reads a file of bounded size.
+pub(crate) fn read_bytes(path: &Path) -> Result<Vec<u8>> {
     let file = crate::tensor_file::open_regular(path)?;
     let mut bytes = Vec::new();
     file.take(LARGEST + 1).read_to_end(&mut bytes).map_err(Error::io("read", path))?;
     if bytes.len() as u64 > LARGEST {
         return Err(Error::format(path, format!("larger than {LARGEST} bytes")));
     }
-    String::from_utf8(bytes)
+    Ok(bytes)
+}
+
+/// Reads a text file of bounded size.
+pub(crate) fn read_text(path: &Path) -> Result<String> {
+    String::from_utf8(read_bytes(path)?)
         .map_err(|error| Error::format(path, format!("not valid UTF-8: {}", error.utf8_error())))
 }
 

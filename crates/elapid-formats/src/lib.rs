@@ -36,4 +36,4 @@ pub use state_file::{
 };
 pub use tensor_file::{TensorFile, save_tensors};
 pub use texts::Texts;
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{Tokenizer, is_guarded};

@@ -272,7 +272,8 @@ fn read_layers(file: &TensorFile, slots: usize) -> Result<Vec<LayerState>> {
         let tensor = file.tensor(&label)?;
         check_tensor(path, &label, &tensor, slots)?;
         if index == layers.len() {
-            layers.push(Vec::new());
+            // Mamba's have two tensors.
+            layers.push(Vec::with_capacity(2));
         }
         layers[index].push((field.into(), tensor));
     }

@@ -5,7 +5,9 @@ mod sample;
 use std::fs;
 use std::path::Path;
 
-use elapid_formats::convert::{save_hugging_face, save_npz, save_original};
+use elapid_formats::convert::{
+    save_hugging_face, save_hugging_face_pytorch, save_npz, save_original,
+};
 use elapid_formats::{Error, Format, Layout, ModelSource, hf, load_model};
 use elapid_models::{LanguageModel, MambaConfig, NormKind};
 use elapid_tensor::DType;
@@ -13,8 +15,9 @@ use sample::{golden, parameters};
 
 type Save = fn(&ModelSource, &Path, Option<DType>) -> Result<(), Error>;
 
-const TARGETS: [(&str, Save, Format); 3] = [
+const TARGETS: [(&str, Save, Format); 4] = [
     ("hf", save_hugging_face, Format::Safetensors),
+    ("hf-bin", save_hugging_face_pytorch, Format::PyTorch),
     ("original", save_original, Format::PyTorch),
     ("model.npz", save_npz, Format::Npz),
 ];
@@ -62,6 +65,37 @@ fn every_format_into_every_other_keeps_every_bit() {
                 }
             }
         }
+    }
+}
+
+/// The golden models, Mamba and FalconMamba, into a `pytorch_model.bin` of the Hugging Face layout and back: every bit of
+/// every tensor as it is stored, and the whole of `config.json`.
+#[test]
+fn golden_models_as_pickles_and_back() {
+    let mamba1 = golden("hf");
+    let falcon = golden("../falcon_mamba/hf");
+    for from in [mamba1, golden("hf_bf16"), falcon] {
+        let folder = tempfile::tempdir().unwrap();
+        let [bin, back] = ["bin", "back"].map(|name| folder.path().join(name));
+        let source = ModelSource::open(&from).unwrap();
+        save_hugging_face_pytorch(&source, &bin, None).unwrap();
+        assert_eq!(sample::entries(&bin)[..2], ["config.json", "pytorch_model.bin"]);
+        let pickled = ModelSource::open(&bin).unwrap();
+        assert_eq!((pickled.format(), pickled.layout()), (Format::PyTorch, Layout::HuggingFace));
+        save_hugging_face(&pickled, &back, None).unwrap();
+        let back = ModelSource::open(&back).unwrap();
+        for written in [&pickled, &back] {
+            assert_eq!(written.config(), source.config());
+            assert!(written.names().eq(source.names()));
+            for name in source.names() {
+                let [a, b] = [&source, written].map(|model| model.get(name).unwrap());
+                assert_eq!((a.encoding, &a.shape), (b.encoding, &b.shape), "{name}");
+                assert!(*a.bytes == *b.bytes && b.bytes.is_mapped(), "{name}");
+            }
+        }
+        let [first, second] = [bin, folder.path().join("back")]
+            .map(|model| fs::read(model.join("config.json")).unwrap());
+        assert_eq!(first, second);
     }
 }
 

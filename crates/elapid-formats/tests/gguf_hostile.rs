@@ -7,7 +7,7 @@ use std::path::Path;
 use elapid_formats::gguf::{
     Array, ElementType, GgufFile, Plan, Planned, Value, WeightTypes, save_gguf, write_gguf,
 };
-use elapid_formats::{Bytes, ModelSource, hf};
+use elapid_formats::{Bytes, ModelSource, Weights, hf};
 use elapid_ops::blocks::Encoding;
 use elapid_tensor::DType;
 use proptest::prelude::*;
@@ -302,8 +302,7 @@ proptest! {
 }
 
 #[test]
-fn quantised_nonsense_is_refused_by_name() {
-    // Scales that are no numbers.
+fn blocks_of_another_shape_are_refused_by_name() {
     let error = changed(|_, tensors| {
         let (planned, bytes) =
             tensors.iter_mut().find(|t| t.0.name == "token_embd.weight").unwrap();
@@ -314,4 +313,47 @@ fn quantised_nonsense_is_refused_by_name() {
         *bytes = vec![0xff; 136];
     });
     assert!(error.contains("embeddings.weight") && error.contains("[2, 64]"), "{error}");
+}
+
+/// Scales of blocks that are no numbers, in a tensor that is sound otherwise.
+#[test]
+fn scales_that_are_no_numbers_are_found() {
+    // Where the scales of a block are: 16 bits each.
+    let scales: [(Encoding, &[usize]); 4] = [
+        (Encoding::Q8_0, &[0]),
+        (Encoding::Q4_0, &[0]),
+        (Encoding::Q4_K, &[0, 2]),
+        (Encoding::Q6_K, &[208]),
+    ];
+    for (encoding, places) in scales {
+        let values: Vec<f32> = (0..1024).map(|i| (i as f32 * 0.7).sin()).collect();
+        let sound = elapid_ops::blocks::quantize(encoding, 256, &values).unwrap();
+        let planned = Planned {
+            name: "token_embd.weight".into(),
+            shape: vec![4, 256],
+            element: ElementType::from(encoding),
+            bytes: sound.len() as u64,
+        };
+        for (&place, bits) in places
+            .iter()
+            .flat_map(|place| [0x7e00u16, 0xfe01, 0x7c00, 0xfc00].map(|bits| (place, bits)))
+        {
+            let mut bytes = sound.clone();
+            let at = 2 * encoding.block_bytes() + place;
+            bytes[at..at + 2].copy_from_slice(&bits.to_le_bytes());
+            let sizes = ["block_count", "ssm.state_size", "ssm.conv_kernel", "ssm.time_step_rank"];
+            let mut metadata = vec![("general.architecture".to_owned(), Value::from("mamba"))];
+            metadata.extend(sizes.map(|key| (format!("mamba.{key}"), Value::U32(1))));
+            let widths = ["embedding_length", "ssm.inner_size"];
+            metadata.extend(widths.map(|key| (format!("mamba.{key}"), Value::U32(256))));
+            let mut file = Vec::new();
+            let planned = std::slice::from_ref(&planned);
+            write_gguf(&mut file, &metadata, planned, |_, out| out.write_all(&bytes)).unwrap();
+            let weights = Weights::of_file(Path::new("m.gguf"), file.into()).unwrap();
+            let tensor = &weights.tensors["backbone.embeddings.weight"];
+            let (first, value) = tensor.first_not_finite().unwrap().unwrap();
+            assert_eq!(first / encoding.block_len(), 2, "{encoding} {bits:x}");
+            assert!(!value.is_finite());
+        }
+    }
 }

@@ -9,7 +9,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use attacks::Attack;
-use elapid_formats::{Bytes, Weights, load_model};
+use elapid_formats::gguf::GgufFile;
+use elapid_formats::{Bytes, Error, StateFile, TensorFile, Tokenizer, Weights, load_model};
 
 /// Counts what is allocated, so that the tests can bound it.
 struct Counting;
@@ -45,11 +46,15 @@ const FREE: usize = 1 << 20;
 const MULTIPLE: usize = 16;
 
 fn bounded<R>(what: &str, size: usize, work: impl FnOnce() -> R) -> R {
+    bounded_by(MULTIPLE, what, size, work)
+}
+
+fn bounded_by<R>(multiple: usize, what: &str, size: usize, work: impl FnOnce() -> R) -> R {
     let before = HELD.load(Relaxed);
     PEAK.store(before, Relaxed);
     let result = work();
     let taken = PEAK.load(Relaxed) - before;
-    assert!(taken <= FREE + MULTIPLE * size, "{what}: {taken} bytes for a file of {size}");
+    assert!(taken <= FREE + multiple * size, "{what}: {taken} bytes for a file of {size}");
     result
 }
 
@@ -68,6 +73,18 @@ fn refused(path: &Path, attack: &Attack) {
         attack.what
     );
     assert!(error.len() < 2000, "{}: an error of {} bytes", attack.what, error.len());
+}
+
+/// Everything that a file of weights holds.
+fn look_at(path: &Path, bytes: Bytes) -> Result<(), Error> {
+    if bytes.starts_with(b"GGUF") {
+        let file = GgufFile::from_bytes(path, bytes.clone())?;
+        file.vocabulary()?.tokenizer(path)?;
+    }
+    for tensor in Weights::of_file(path, bytes)?.tensors.values() {
+        tensor.first_not_finite()?;
+    }
+    Ok(())
 }
 
 /// One test, as the count of the memory is that of the whole program.
@@ -91,17 +108,53 @@ fn every_attack_is_refused_within_bounds() {
             changed[at] ^= 1 << (at % 8);
             for damaged in [bytes[..at].to_vec(), changed] {
                 let size = damaged.len();
-                let result = bounded(name, size, || {
-                    let weights = Weights::of_file(Path::new(name), Bytes::from(damaged))?;
-                    for tensor in weights.tensors.values() {
-                        tensor.first_not_finite()?;
-                    }
-                    Ok::<_, elapid_formats::Error>(())
-                });
+                let result = bounded(name, size, || look_at(Path::new(name), damaged.into()));
                 if let Err(error) = result {
                     assert!(error.to_string().starts_with(name), "{error}");
                 }
             }
+        }
+    }
+
+    // What is refused or read, but small in memory either way.
+    for (what, bytes) in attacks::gguf::wants() {
+        let size = bytes.len();
+        if let Err(error) = bounded(what, size, || look_at(Path::new("x.gguf"), bytes.into())) {
+            let error = error.to_string();
+            assert!(error.starts_with("x.gguf") && error.len() < 2000, "{what}: {error}");
+        }
+    }
+    let one = || Ok(Bytes::from(b"\x02\0\0\0\0\0\0\0{}".to_vec()));
+    for (what, text) in attacks::text::indexes() {
+        for name in ["model.safetensors.index.json", "pytorch_model.bin.index.json"] {
+            let (path, mut opened) = (Path::new(name), 0);
+            let result = bounded(what, text.len(), || {
+                Weights::of_index(path, text.as_bytes(), &mut |_| {
+                    opened += 1;
+                    one()
+                })
+            });
+            let error = result.err().unwrap_or_else(|| panic!("{what}: accepted")).to_string();
+            assert!(error.starts_with(name) && opened <= 1, "{what}: {opened}, {error}");
+        }
+    }
+    for (what, bytes) in attacks::text::states() {
+        let size = bytes.len();
+        let result = bounded(what, size, || {
+            StateFile::of_file(TensorFile::of_bytes(Path::new("x.state"), bytes.into())?)
+        });
+        let error = result.err().unwrap_or_else(|| panic!("{what}: accepted")).to_string();
+        assert!(error.starts_with("x.state") && error.len() < 2000, "{what}: {error}");
+    }
+    for (what, text) in attacks::text::tokenizers() {
+        let path = Path::new("tokenizer.json");
+        // The tree of a list of pieces is the library's, and bounded by itself.
+        let multiple = if what.ends_with("pieces") { 2 * MULTIPLE } else { MULTIPLE };
+        let result =
+            bounded_by(multiple, &what, text.len(), || Tokenizer::from_json(path, text.as_bytes()));
+        if let Err(error) = result {
+            let error = error.to_string();
+            assert!(error.starts_with("tokenizer.json") && error.len() < 2000, "{what}: {error}");
         }
     }
 

@@ -52,6 +52,9 @@ pub fn arguments(error: &clap::Error) -> ExitCode {
 /// A panic is a bug: says so in a line, without a dump.
 pub fn install_panic_hook() {
     panic::set_hook(Box::new(|info| {
+        if elapid_formats::is_guarded() {
+            return;
+        }
         let payload = info.payload();
         let message = payload
             .downcast_ref::<&str>()

@@ -4,8 +4,13 @@ mod program;
 
 use program::{Program, golden};
 
-const FORMATS: [(&str, &[&str]); 4] =
-    [("hf", &[]), ("original", &["--to", "original"]), ("model.npz", &[]), ("model.gguf", &[])];
+const FORMATS: [(&str, &[&str]); 5] = [
+    ("hf", &[]),
+    ("hf-bin", &["--to", "hf-bin"]),
+    ("original", &["--to", "original"]),
+    ("model.npz", &[]),
+    ("model.gguf", &[]),
+];
 
 #[test]
 fn every_format_is_written_read_and_inspected() {
@@ -36,6 +41,31 @@ fn every_format_is_written_read_and_inspected() {
     assert_eq!(file, expected);
     let report = program.run(&["inspect", "original/pytorch_model.bin", "--json"]).json();
     assert_eq!(report["model"]["layout"], "original");
+}
+
+/// What the original layout cannot say, a `pytorch_model.bin` of the Hugging Face layout can.
+#[test]
+fn falcon_mamba_as_a_pickle() {
+    let program = Program::new();
+    let falcon = golden().join("../falcon_mamba/hf");
+    let falcon = falcon.to_str().unwrap();
+    program
+        .run(&["convert", falcon, "original", "--to", "original"])
+        .fails(1, &["mixer_rms_eps", "pytorch_model.bin in the Hugging Face layout"]);
+    let report = program.run(&["convert", falcon, "bin", "--to", "hf-bin", "--json"]).json();
+    assert_eq!(report["target_format"], "hf-bin");
+    program.run(&["convert", "bin", "back"]).ok();
+    for folder in ["bin", "back"] {
+        let report = program.run(&["inspect", folder, "--json"]).json();
+        assert_eq!(report["model"]["architecture"], "falcon_mamba");
+        assert_eq!(report["model"]["layout"], "hf");
+    }
+    let generate = |model: &str| {
+        let call =
+            ["--tokens", "1,2,3", "-n", "6", "--temperature", "0", "--device", "cpu", "--json"];
+        program.run(&[&["generate", "--model", model], &call[..]].concat()).json()["tokens"].clone()
+    };
+    assert_eq!(generate("bin"), generate(falcon));
 }
 
 #[test]

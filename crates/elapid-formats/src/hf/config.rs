@@ -20,6 +20,15 @@ pub fn load_config(folder: &Path) -> Result<MambaConfig> {
     config_from_json(&path, &special::read_object(&path)?)
 }
 
+/// The keys of a configuration file, of whatever model. A number that JSON does not know (`Infinity`, `NaN`) is an object
+/// with the one key `__float__`.
+///
+/// # Errors
+/// If the file is missing or no JSON object.
+pub fn read_config_object(path: &Path) -> Result<Map<String, Value>> {
+    special::read_object(path)
+}
+
 /// Reads a configuration from the text of its file; `path` is for errors.
 ///
 /// # Errors

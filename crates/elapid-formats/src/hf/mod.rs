@@ -9,7 +9,7 @@ mod config;
 mod original;
 mod save;
 
-pub use config::{config_from_json, config_to_json, load_config, parse_config};
+pub use config::{config_from_json, config_to_json, load_config, parse_config, read_config_object};
 pub(crate) use original::config_to_original_json;
 pub use save::save_model;
 pub(crate) use save::write_model_files;
@@ -26,4 +26,5 @@ pub const INDEX_FILE: &str = "model.safetensors.index.json";
 pub(crate) const EMBEDDINGS: &str = "backbone.embeddings.weight";
 /// The embedding's name in the original layout.
 pub(crate) const ORIGINAL_EMBEDDINGS: &str = "backbone.embedding.weight";
-pub(crate) const HEAD: &str = "lm_head.weight";
+/// The head's name.
+pub const HEAD: &str = "lm_head.weight";

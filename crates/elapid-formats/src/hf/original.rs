@@ -66,7 +66,7 @@ pub(super) fn from_original(keys: &Keys<'_>) -> Result<MambaConfig> {
 pub(crate) fn config_to_original_json(config: &MambaConfig, folder: &Path) -> Result<Value> {
     if let Some(eps) = config.mixer_rms_eps {
         let message = format!(
-            "the original layout has no norms of Δ, B and C (mixer_rms_eps = {eps:e}); write another format"
+            "the original layout has no norms of Δ, B and C (mixer_rms_eps = {eps:e}); write another format, such as pytorch_model.bin in the Hugging Face layout"
         );
         return Err(Error::format(folder, message));
     }

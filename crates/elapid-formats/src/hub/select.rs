@@ -1,12 +1,12 @@
 //! Which files of a repository make a model: configuration, weights in one of the forms that are read here,
 //! tokenizer. The same rules say whether a snapshot in the cache is complete.
 
-use std::collections::BTreeSet;
 use std::path::Path;
 
 use super::reference::is_file;
 use super::{HubError, Reference};
-use crate::{Error, Result, json};
+use crate::model_source::Index;
+use crate::{Result, json};
 
 /// Beside the weights, in this order, where they exist.
 const BESIDE: &[&str] = &["config.json", "generation_config.json"];
@@ -89,21 +89,8 @@ impl<'a> Names<'a> {
 /// # Errors
 /// If it is no index, or names a place outside of the repository.
 pub(super) fn shards(index: &Path) -> Result<Vec<String>> {
-    let object = json::read_object(index)?;
-    let Some(map) = object.get("weight_map").and_then(|map| map.as_object()) else {
-        return Err(Error::format(index, "has no \"weight_map\""));
-    };
-    let mut shards = BTreeSet::new();
-    for (name, file) in map {
-        match file.as_str().filter(|file| is_file(file)) {
-            Some(file) => shards.insert(file.to_owned()),
-            None => {
-                let message = format!("{name}: expected a file name, found {file}");
-                return Err(Error::format(index, message));
-            }
-        };
-    }
-    Ok(shards.into_iter().collect())
+    let index = Index::parse(index, &json::read_bytes(index)?)?;
+    Ok(index.shards.into_keys().collect())
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@
 
 mod bytes;
 mod check;
+mod index;
 mod stored_tensor;
 mod weights;
 
@@ -28,6 +29,7 @@ use elapid_tensor::Device;
 
 pub use bytes::Bytes;
 pub(crate) use check::stored_shape;
+pub(crate) use index::Index;
 pub use stored_tensor::StoredTensor;
 pub(crate) use weights::{Contents, floats, not_floats};
 pub use weights::{PYTORCH_FILE, PYTORCH_INDEX_FILE, Weights, holds_weights};

@@ -3,13 +3,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use elapid_models::MambaConfig;
 use elapid_ops::blocks::Encoding;
 use elapid_tensor::DType;
 
-use super::{Bytes, Format, Layout, StoredTensor};
+use super::{Bytes, Format, Index, Layout, StoredTensor};
 use crate::hf::{CONFIG_FILE, EMBEDDINGS, HEAD, INDEX_FILE, ORIGINAL_EMBEDDINGS, WEIGHTS_FILE};
 use crate::zip::Archive;
 use crate::{Error, Result, TensorFile, gguf, json, npz, pytorch};
@@ -54,29 +54,36 @@ impl Weights {
     /// If there are none in a form that is read here, or a file is damaged.
     pub fn open(path: &Path) -> Result<Self> {
         let path = locate(path)?;
-        if !is_index(&path) {
-            let bytes = Bytes::map(&path)?;
-            return Self::of_file(&path, bytes);
+        if is_index(&path) {
+            return Self::of_index(&path, &json::read_bytes(&path)?, &mut |file| Bytes::map(file));
         }
-        let folder = folder_of(&path);
-        let map = weight_map(&path)?;
-        let shards: BTreeSet<&str> = map.values().map(String::as_str).collect();
+        let bytes = Bytes::map(&path)?;
+        Self::of_file(&path, bytes)
+    }
+
+    /// The weights that the text of an index lists; `path` is where it lies, and `open` gives the bytes of a shard
+    /// beside it.
+    ///
+    /// # Errors
+    /// As [`Weights::open`], and those of `open`.
+    pub fn of_index(
+        path: &Path,
+        text: &[u8],
+        open: &mut dyn FnMut(&Path) -> Result<Bytes>,
+    ) -> Result<Self> {
+        let index = Index::parse(path, text)?;
         let mut files = Vec::new();
-        for shard in shards {
-            let file = folder.join(shard);
-            let (format, contents) = read_file(&file, Bytes::map(&file)?)?;
+        for (shard, names) in &index.shards {
+            let file = folder_of(path).join(shard);
+            let (format, contents) = read_file(&file, open(&file)?)?;
+            let held: BTreeSet<&str> =
+                contents.tensors.iter().map(|(name, _)| name.as_str()).collect();
+            if let Some(name) = names.iter().find(|name| !held.contains(name.as_str())) {
+                return Err(Error::format(path, format!("{name} is not in its shard {shard:?}")));
+            }
             files.push((file, format, contents));
         }
-        for (name, shard) in &map {
-            let there = files.iter().any(|(file, _, contents)| {
-                file.file_name().is_some_and(|own| own.to_str() == Some(shard))
-                    && contents.tensors.iter().any(|(own, _)| own == name)
-            });
-            if !there {
-                return Err(Error::format(&path, format!("{name} is not in its shard {shard:?}")));
-            }
-        }
-        Self::gather(path, files)
+        Self::gather(path.into(), files)
     }
 
     /// The weights that one file's bytes hold; `path` is for errors.
@@ -130,8 +137,13 @@ impl Weights {
         }
     }
 
+    /// Where a configuration beside these weights lies, if there is one.
+    pub fn config_file(&self) -> PathBuf {
+        folder_of(&self.path).join(CONFIG_FILE)
+    }
+
     /// True if there is a head whose values are not those of the embedding.
-    pub(crate) fn has_own_head(&self) -> bool {
+    pub fn has_own_head(&self) -> bool {
         let (Some(embedding), Some(head)) = (self.tensors.get(EMBEDDINGS), self.tensors.get(HEAD))
         else {
             return false;
@@ -208,29 +220,6 @@ fn files_of_weights(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
 /// True if a folder has a file of weights, whatever its format.
 pub fn holds_weights(folder: &Path) -> bool {
     files_of_weights(folder).is_ok_and(|files| !files.is_empty())
-}
-
-/// Tensor name to shard.
-fn weight_map(index: &Path) -> Result<BTreeMap<String, String>> {
-    let object = json::read_object(index)?;
-    let Some(map) = object.get("weight_map").and_then(|map| map.as_object()) else {
-        return Err(Error::format(index, "has no \"weight_map\""));
-    };
-    map.iter()
-        .map(|(name, file)| {
-            // A shard lies in the folder itself, whatever the index says.
-            let plain = file.as_str().filter(|file| {
-                let mut parts = Path::new(file).components();
-                matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None))
-            });
-            match plain {
-                Some(file) => Ok((name.clone(), file.to_owned())),
-                None => {
-                    Err(Error::format(index, format!("{name}: expected a file name, found {file}")))
-                }
-            }
-        })
-        .collect()
 }
 
 /// Reads one file of whatever format.

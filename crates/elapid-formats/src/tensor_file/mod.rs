@@ -4,6 +4,7 @@
 //! Writing streams one tensor after the other, converting as it goes, and gives the same bytes for the same
 //! content.
 
+mod header;
 mod read;
 mod write;
 

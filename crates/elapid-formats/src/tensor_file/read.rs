@@ -7,6 +7,7 @@ use elapid_tensor::{Buffer, DType, Element, MAX_RANK, Tensor, bf16, f16};
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
+use super::header;
 use crate::model_source::Bytes;
 use crate::{Error, Result};
 
@@ -66,7 +67,7 @@ impl TensorFile {
             return Err(Error::format(path, message));
         }
         let (data_start, metadata) =
-            parse_header(&map).map_err(|message| Error::format(path, message))?;
+            header::parse(&map).map_err(|message| Error::format(path, message))?;
         Ok(Self { path: path.into(), map, data_start, metadata })
     }
 
@@ -199,29 +200,4 @@ impl TensorFile {
     fn missing(&self, name: &str) -> Error {
         Error::format(&self.path, format!("has no tensor {name:?}"))
     }
-}
-
-/// Where the data starts, and the header. Sizes are compared here rather than by the crate, whose own sum
-/// can overflow.
-fn parse_header(file: &[u8]) -> Result<(usize, Metadata), String> {
-    let (length, rest) =
-        file.split_first_chunk::<8>().ok_or("truncated: no header length".to_owned())?;
-    let length = u64::from_le_bytes(*length);
-    let header = usize::try_from(length).ok().and_then(|length| rest.get(..length)).ok_or_else(|| {
-        format!(
-            "truncated or not a safetensors file: the header should have {length} bytes, {} are left",
-            rest.len()
-        )
-    })?;
-    let text = std::str::from_utf8(header).map_err(|e| format!("damaged header: {e}"))?;
-    let metadata: Metadata =
-        serde_json::from_str(text).map_err(|e| format!("damaged header: {e}"))?;
-    let data = rest.len() - header.len();
-    if metadata.data_len() != data {
-        return Err(format!(
-            "truncated or damaged: the header describes {} bytes of data, {data} are there",
-            metadata.data_len()
-        ));
-    }
-    Ok((8 + header.len(), metadata))
 }

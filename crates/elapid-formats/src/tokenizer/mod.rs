@@ -6,12 +6,16 @@
 
 mod bpe;
 mod bytes;
+mod file;
 mod find;
+mod parts;
 mod stream;
 mod vocabulary;
 
+use std::cell::Cell;
 use std::fmt;
 use std::io::Read;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -28,6 +32,8 @@ pub const TOKENIZER_FILE: &str = "tokenizer.json";
 
 /// The largest published ones have some tens of megabytes.
 const LARGEST: u64 = 256 << 20;
+/// Characters of an error that are shown.
+const LONGEST_REASON: usize = 400;
 
 /// Text to token ids and back. A clone shares the tables.
 #[derive(Clone)]
@@ -75,11 +81,7 @@ impl Tokenizer {
     /// # Errors
     /// If it describes no tokenizer that is known.
     pub fn from_json(source: &Path, text: &[u8]) -> Result<Self> {
-        let inner = match bpe::describes(text) {
-            true => bpe::read(text),
-            false => tokenizers::Tokenizer::from_bytes(text),
-        };
-        Self::build(source, inner, Vec::new())
+        Self::build(source, guarded(|| file::read(text)), Vec::new())
     }
 
     fn build(
@@ -88,6 +90,8 @@ impl Tokenizer {
         end_of_sequence: Vec<u32>,
     ) -> Result<Self> {
         let refuse = |error: tokenizers::Error| {
+            // Errors may quote the file.
+            let error: String = error.to_string().chars().take(LONGEST_REASON).collect();
             Error::format(source, format!("no usable tokenizer: {error}"))
         };
         let mut inner = inner.map_err(refuse)?;
@@ -120,7 +124,7 @@ impl Tokenizer {
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
         match &self.0 {
             Kind::Bytes => Ok(text.bytes().map(u32::from).collect()),
-            Kind::Subwords(own) => match own.inner.encode_fast(text, add_special) {
+            Kind::Subwords(own) => match guarded(|| own.inner.encode_fast(text, add_special)) {
                 Ok(encoding) => Ok(encoding.get_ids().to_vec()),
                 Err(error) => {
                     Err(Error::format(&own.source, format!("the text cannot be encoded: {error}")))
@@ -157,7 +161,7 @@ impl Tokenizer {
                 let bytes: Vec<u8> = ids.iter().filter_map(|&id| u8::try_from(id).ok()).collect();
                 Ok(String::from_utf8_lossy(&bytes).into_owned())
             }
-            Kind::Subwords(own) => own.inner.decode(ids, skip_special).map_err(|error| {
+            Kind::Subwords(own) => own.decode(ids, skip_special).map_err(|error| {
                 Error::format(&own.source, format!("the tokens cannot be decoded: {error}"))
             }),
         }
@@ -190,10 +194,32 @@ impl Tokenizer {
 }
 
 impl Subwords {
+    fn decode(&self, ids: &[u32], skip_special: bool) -> tokenizers::Result<String> {
+        guarded(|| self.inner.decode(ids, skip_special))
+    }
+
     /// True for a mark that is not text.
     fn is_special(&self, token: &str) -> bool {
         self.inner.get_added_vocabulary().is_special_token(token)
     }
+}
+
+/// The library takes for granted that the rules of a file fit each other and every text, and panics where they do not
+/// (a compiled table of characters that points outside of itself, say). That is an error of the file.
+fn guarded<R>(work: impl FnOnce() -> tokenizers::Result<R>) -> tokenizers::Result<R> {
+    let outer = GUARDED.replace(true);
+    let outcome = catch_unwind(AssertUnwindSafe(work));
+    GUARDED.set(outer);
+    outcome.unwrap_or_else(|_| Err("its rules do not fit each other, or not this text".into()))
+}
+
+thread_local! {
+    static GUARDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether a panic of this thread now would become an error of a tokenizer's file: for panic hooks, which need say nothing.
+pub fn is_guarded() -> bool {
+    GUARDED.get()
 }
 
 impl fmt::Debug for Tokenizer {

@@ -101,5 +101,5 @@ impl Detokenizer {
 
 /// Text of tokens; nothing where the decoder fails, as it has no text for them.
 fn decode(own: &Subwords, ids: &[u32]) -> String {
-    own.inner.decode(ids, true).unwrap_or_default()
+    own.decode(ids, true).unwrap_or_default()
 }

@@ -9,9 +9,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
+use tokenizers::AddedToken;
 use tokenizers::models::bpe::Vocab;
 
-use super::{Tokenizer, bpe};
+use super::{Tokenizer, bpe, file};
 use crate::{Error, Result, Texts};
 
 /// What a token is (`tokenizer.ggml.token_type`).
@@ -73,6 +74,9 @@ pub struct Vocabulary {
     /// `tokenizer.ggml.add_eos_token`.
     pub add_end: bool,
 }
+
+/// Each takes half a kilobyte in the automaton that looks for them, and sixteen bytes in a file.
+const MOST_MARKS: usize = 1 << 14;
 
 /// GPT-2's division of a text into words, which the byte-level step has built in.
 const GPT2: &[&str] =
@@ -141,7 +145,9 @@ impl Vocabulary {
         let (vocab, merges) = self.vocab_and_merges(source)?;
         let model = bpe::Model::of_lists(vocab, merges, ignore_merges);
         let end = self.end_of_sequence.into_iter().collect();
-        Tokenizer::build(source, bpe::with_model(rest, model), end).map(Some)
+        let inner =
+            file::with_model(rest, model, self.added_tokens().map(|(_, token)| token).collect());
+        Tokenizer::build(source, inner, end).map(Some)
     }
 
     /// The vocabulary as a `tokenizer.json`, or none if the file says that it has none.
@@ -157,6 +163,12 @@ impl Vocabulary {
             vocabulary.into_iter().map(|(token, id)| (token, json!(id))).collect();
         let merges: Vec<Value> =
             merges.into_iter().map(|bpe::Merge(left, right)| json!([left, right])).collect();
+        let added = self.added_tokens().map(|(id, token)| {
+            let mut token = json!(token);
+            token["id"] = json!(id);
+            token
+        });
+        file["added_tokens"] = added.collect();
         file["model"] = json!({
             "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
             "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
@@ -209,6 +221,11 @@ impl Vocabulary {
             let expected = format!("one for each of {count} tokens");
             return refuse("token_type", &expected, self.kinds.len().to_string());
         }
+        let marks = self.added_tokens().count();
+        if marks > MOST_MARKS {
+            let expected = format!("at most {MOST_MARKS} tokens that are no normal text");
+            return refuse("token_type", &expected, marks.to_string());
+        }
         let special = [
             ("bos_token_id", self.begin_of_sequence),
             ("eos_token_id", self.end_of_sequence),
@@ -226,7 +243,6 @@ impl Vocabulary {
             "version": "1.0",
             "truncation": null,
             "padding": null,
-            "added_tokens": self.added_tokens(),
             "normalizer": null,
             "pre_tokenizer": pre_tokenizer,
             "post_processor": self.post_processor(),
@@ -239,10 +255,10 @@ impl Vocabulary {
         self.kinds.get(id).copied().unwrap_or_default()
     }
 
-    /// Tokens that are found in a text before it is divided into words.
-    fn added_tokens(&self) -> Vec<Value> {
+    /// Tokens that are found in a text before it is divided into words, with their ids.
+    fn added_tokens(&self) -> impl Iterator<Item = (usize, AddedToken)> {
         let ends = [self.begin_of_sequence, self.end_of_sequence, self.unknown, self.padding];
-        let added = self.tokens.iter().enumerate().filter_map(|(id, token)| {
+        self.tokens.iter().enumerate().filter_map(move |(id, token)| {
             let special = match self.kind(id) {
                 TokenKind::Control => true,
                 TokenKind::UserDefined => false,
@@ -250,12 +266,8 @@ impl Vocabulary {
                 _ if self.kinds.is_empty() && ends.contains(&u32::try_from(id).ok()) => true,
                 _ => return None,
             };
-            Some(json!({
-                "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
-                "normalized": false, "special": special,
-            }))
-        });
-        added.collect()
+            Some((id, AddedToken { normalized: false, ..AddedToken::from(token, special) }))
+        })
     }
 
     /// Marks around a whole text, where the file asks for them.

@@ -1,9 +1,11 @@
 //! The attacks, format by format.
 
 mod archive;
+pub mod gguf;
 mod header;
 mod model;
 mod pickle;
+pub mod text;
 
 pub use model::models;
 
@@ -37,5 +39,8 @@ pub fn sound() -> Vec<(&'static str, Vec<u8>)> {
         ("legacy_4.pt", fixture("pytorch/legacy_4.pt")),
         ("arrays.npz", fixture("numpy/arrays.npz")),
         ("compressed.npz", fixture("numpy/compressed.npz")),
+        ("q4_0.gguf", fixture("../../../../fuzz/corpus/gguf/q4_0.gguf")),
+        ("f16.gguf", fixture("../../../../fuzz/corpus/gguf/f16_vocabulary.gguf")),
+        ("q6_k.gguf", fixture("../../../../fuzz/corpus/gguf/q6_k_vocabulary.gguf")),
     ]
 }

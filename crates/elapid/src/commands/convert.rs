@@ -19,6 +19,7 @@ const EXAMPLES: &str = "\
 Examples:
   elapid convert mamba-130m mamba-130m-hf               original layout to Hugging Face
   elapid convert mamba-130m-hf out --to original        a pytorch_model.bin that torch.load opens
+  elapid convert falcon-mamba out --to hf-bin           likewise, names and config.json of Hugging Face
   elapid convert mamba-130m-hf mamba.npz                one NumPy archive, configuration included
   elapid convert mamba-130m-hf mamba.gguf               for llama.cpp
   elapid convert mamba-130m-hf half --dtype bf16        rounded to nearest
@@ -53,6 +54,8 @@ pub struct Arguments {
 enum Target {
     /// A folder as transformers has it: config.json, model.safetensors
     Hf,
+    /// A folder as transformers has it, with PyTorch's pickle: config.json, pytorch_model.bin
+    HfBin,
     /// A folder as the original code has it: config.json, pytorch_model.bin
     Original,
     /// One NumPy archive
@@ -73,6 +76,7 @@ impl Target {
     fn name(self) -> &'static str {
         match self {
             Self::Hf => "hf",
+            Self::HfBin => "hf-bin",
             Self::Original => "original",
             Self::Npz => "npz",
             Self::Gguf => "gguf",
@@ -87,6 +91,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let target = arguments.to.unwrap_or_else(|| Target::of(to));
     match target {
         Target::Hf => convert::save_hugging_face(&source, to, arguments.written)?,
+        Target::HfBin => {
+            convert::save_hugging_face_pytorch(&source, to, arguments.written)?;
+        }
         Target::Original => convert::save_original(&source, to, arguments.written)?,
         Target::Npz => convert::save_npz(&source, to, arguments.written)?,
         Target::Gguf => save_gguf(&source, to, arguments.written)?,

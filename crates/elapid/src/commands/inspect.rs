@@ -1,6 +1,8 @@
 //! `elapid inspect`: what a path holds, read from headers alone where that is enough.
 
 mod contents;
+mod model;
+mod sizes;
 
 use std::path::PathBuf;
 
@@ -18,7 +20,8 @@ Examples:
   elapid inspect chapter.state --json
 
 PATH is a model folder or file of any format, a checkpoint, a run's folder, a state file, any \
-safetensors file, or OWNER/NAME on the Hugging Face hub.
+safetensors file, or OWNER/NAME on the Hugging Face hub. A file without a configuration beside it, and a \
+model that cannot be run here (Mamba-2), are shown as far as their tensors tell.
 The report goes to stdout. Weights are not loaded; --json has every tensor.";
 
 /// Arguments of `elapid inspect`.

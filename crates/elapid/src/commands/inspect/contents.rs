@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use elapid_formats::checkpoint::Store;
 use elapid_formats::gguf::{GgufFile, to_hugging_face};
-use elapid_formats::{Bytes, Format, Layout, StateFile, TensorFile, Weights, hf};
-use elapid_models::{MambaConfig, NormKind};
+use elapid_formats::{Bytes, Format, StateFile, TensorFile, Weights, hf};
 use serde::Serialize;
 use serde_json::Value;
 
+use super::model::Model;
+use super::sizes::Sizes;
 use crate::model_folder;
 use crate::output::{Table, bytes, grouped};
 
@@ -46,18 +47,6 @@ pub struct Report {
     model: Option<Model>,
     state: Option<State>,
     files: Vec<File>,
-}
-
-#[derive(Debug, Serialize)]
-struct Model {
-    architecture: &'static str,
-    format: String,
-    layout: &'static str,
-    parameters: usize,
-    vocabulary_rows: usize,
-    d_inner: usize,
-    dt_rank: usize,
-    config: MambaConfig,
 }
 
 #[derive(Debug, Serialize)]
@@ -111,18 +100,26 @@ fn file(path: &Path) -> Result<Report> {
     let safetensors = file.format == Format::Safetensors.to_string();
     let is_state = file.metadata.get("format").is_some_and(|format| format == STATE_FORMAT);
     let state = if is_state { Some(state(path)?) } else { None };
-    // A safetensors file may be anything; of the other formats only models are read.
+    let shapes = file.tensors.iter().map(|tensor| (tensor.name.as_str(), &*tensor.shape));
     let model = match weights {
-        Ok(weights) if !safetensors => Some(model(&weights)?),
-        _ => None,
+        _ if is_state => None,
+        // A safetensors file may be anything, and a configuration beside it another file's.
+        Ok(weights) if safetensors && !Sizes::are_told_by(shapes.clone()) => {
+            (!weights.config_file().exists()).then(|| Model::of(&weights)).transpose()?
+        }
+        Ok(weights) => Some(Model::of(&weights)?),
+        Err(error) if file.format == Format::Gguf.to_string() => {
+            Model::of_gguf(shapes, error.to_string())
+        }
+        Err(_) => None,
     };
     Ok(Report {
         path: path.display().to_string(),
-        kind: match (&model, is_state) {
-            (Some(_), _) => Kind::Model,
-            (None, true) => Kind::State,
-            (None, false) if safetensors => Kind::Safetensors,
-            (None, false) => Kind::Tensors,
+        kind: match &model {
+            Some(model) if model.is_known() => Kind::Model,
+            _ if is_state => Kind::State,
+            _ if safetensors => Kind::Safetensors,
+            _ => Kind::Tensors,
         },
         checkpoint: None,
         steps: Vec::new(),
@@ -130,24 +127,6 @@ fn file(path: &Path) -> Result<Report> {
         model,
         state,
         files: vec![file],
-    })
-}
-
-fn model(weights: &Weights) -> Result<Model> {
-    let config = weights.read_config()?;
-    Ok(Model {
-        architecture: if config.mixer_rms_eps.is_some() { "falcon_mamba" } else { "mamba" },
-        format: weights.format.to_string(),
-        layout: match (weights.format, weights.layout) {
-            (Format::Gguf, _) => "llama.cpp",
-            (_, Layout::HuggingFace) => "hf",
-            (_, Layout::Original) => "original",
-        },
-        parameters: config.parameter_count(),
-        vocabulary_rows: config.padded_vocab_size(),
-        d_inner: config.d_inner(),
-        dt_rank: config.dt_rank(),
-        config,
     })
 }
 
@@ -190,7 +169,7 @@ fn folder(path: &Path) -> Result<Report> {
             _ => Vec::new(),
         },
         step,
-        model: Some(model(&weights)?),
+        model: Some(Model::of(&weights)?),
         state: None,
         files: names.iter().map(|path| describe(path)).collect::<Result<_>>()?,
     })
@@ -316,41 +295,6 @@ impl Report {
             text += &file.to_text(all_tensors, self.state.is_none());
         }
         text
-    }
-}
-
-impl Model {
-    fn rows(&self, table: &mut Table) {
-        let config = &self.config;
-        table.row("architecture", self.architecture);
-        table.row("format", format!("{}, names of the {} layout", self.format, self.layout));
-        table.row("parameters", grouped(self.parameters as u64));
-        table.row("layers", config.n_layer.to_string());
-        table.row("width D", config.d_model.to_string());
-        table.row("inner width E", self.d_inner.to_string());
-        table.row("state N", config.d_state.to_string());
-        table.row("conv taps W", config.d_conv.to_string());
-        table.row("Δ rank R", self.dt_rank.to_string());
-        let rows = self.vocabulary_rows;
-        table.row(
-            "vocabulary V",
-            match config.vocab_size {
-                256 => "256 (bytes)".into(),
-                real if real == rows => real.to_string(),
-                real => format!("{real} (padded to {rows})"),
-            },
-        );
-        let norm = match config.norm {
-            NormKind::Rms => "RMSNorm",
-            NormKind::Layer => "LayerNorm",
-        };
-        table.row("norm", format!("{norm}, eps {:e}", config.norm_eps));
-        if let Some(eps) = config.mixer_rms_eps {
-            table.row("norms of Δ, B and C", format!("RMS without weights, eps {eps:e}"));
-        }
-        table.row("head", if config.tie_embeddings { "tied to the embedding" } else { "own" });
-        let state = config.n_layer * self.d_inner * (config.d_state + config.d_conv - 1) * 4;
-        table.row("state of a sequence", bytes(state as u64));
     }
 }
 
