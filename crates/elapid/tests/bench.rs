@@ -93,6 +93,7 @@ fn single_subjects_repeats_and_threads() {
                 --prompt-tokens 5 --model-shape tiny --json";
     let outcome = program.run(&call.split_whitespace().collect::<Vec<_>>());
     assert!(outcome.err.contains("tiny in q4_0") && outcome.err.contains("peak memory"));
+    let printed = outcome.err.contains("peak memory: of the process");
     let report = outcome.json();
     let shapes: Vec<&str> = report["figures"]
         .as_array()
@@ -100,6 +101,10 @@ fn single_subjects_repeats_and_threads() {
         .iter()
         .map(|figure| figure["shape"].as_str().unwrap())
         .collect();
+    // Where the system tells it.
+    let peak = &report["figures"][0]["process_peak_bytes"];
+    assert_eq!(peak.as_u64().is_some_and(|peak| peak > 1 << 20), printed);
+    assert!(report["figures"][1]["process_peak_bytes"].is_null());
     let expected = ["5 tokens, bf16", "batch 2, bf16", "5 tokens, q4_0", "batch 2, q4_0"];
     assert_eq!(shapes, expected.map(|shape| format!("tiny, {shape}")));
     let inference = report["inference"].as_array().unwrap();
@@ -124,11 +129,34 @@ fn decode_steps_on_the_emulated_gpu() {
     let report = Program::new().run(&call.split(' ').collect::<Vec<_>>()).json();
     let figures = report["figures"].as_array().unwrap();
     assert_eq!(figures.len(), 1, "{figures:?}");
-    assert_eq!(figures[0]["shape"], "tiny, batch 2, q8_0");
+    assert_eq!(figures[0]["shape"], "tiny, batch 2, q8_0, after 5 tokens");
+    assert_eq!(figures[0]["prompt_tokens"], 5);
     assert!(figures[0]["tokens_per_second"].as_f64().unwrap() > 0.0);
     assert!(figures[0]["work"]["bytes"].as_f64().unwrap() > 0.0);
+    let from_nothing = call.replace("--json", "--prompt-tokens 0,3 --json");
+    let report = Program::new().run(&from_nothing.split(' ').collect::<Vec<_>>()).json();
+    let figures = report["figures"].as_array().unwrap();
+    assert_eq!(figures[0]["shape"], "tiny, batch 2, q8_0, from nothing");
+    assert_eq!((figures.len(), &figures[1]["prompt_tokens"]), (2, &3.into()));
     let wrong = ["bench", "--device", "cuda:emulated", "--quick", "decode", "--weights", "q4_k"];
     Program::new().run(&wrong).fails(2, &["q4_k", "q8_0"]);
+}
+
+#[test]
+fn prompts_and_their_memory_on_the_emulated_gpu() {
+    if let Err(error) = elapid::tensor::cuda::Gpu::emulated() {
+        eprintln!("SKIPPED: elapid bench prefill on the emulated GPU: {error}");
+        return;
+    }
+    let call =
+        "bench --device cuda:emulated --quick prefill --repeats 1 --prompt-tokens 3,40 --json";
+    let outcome = Program::new().run(&call.split(' ').collect::<Vec<_>>());
+    assert!(outcome.err.contains("peak memory: of the card"), "{}", outcome.err);
+    let report = outcome.json();
+    let figures = report["figures"].as_array().unwrap();
+    let number = |of: usize, name: &str| figures[of][name].as_u64().unwrap();
+    assert_eq!((number(0, "prompt_tokens"), number(1, "prompt_tokens")), (3, 40));
+    assert!(number(1, "peak_bytes") > number(0, "peak_bytes") && number(0, "peak_bytes") > 0);
 }
 
 #[test]
@@ -183,11 +211,14 @@ fn wrong_calls() {
     program.run(&["bench", "--quick", "--weights", "q3"]).fails(2, &["q3", "q4_k"]);
     program.run(&["bench", "decode", "--quick", "--batch", "0"]).fails(2, &["--batch", "65536"]);
     program.run(&["bench", "--quick", "--dtype", "bf16"]).fails(2, &["f32"]);
+    program.run(&["bench", "--quick", "--prompt-tokens", "0"]).fails(2, &["--prompt-tokens"]);
     let unknown = ["bench", "--device", "cuda:emulated", "--model-shape", "131m"];
     program.run(&unknown).fails(2, &["131m", "mamba-130m"]);
     if elapid::tensor::cuda::Gpu::emulated().is_ok() {
         program.run(&["bench", "--device", "cuda:emulated"]).fails(2, &["--quick"]);
-        let prompts = "bench --device cuda:emulated --quick prefill --prompt-tokens 4";
-        program.run(&prompts.split(' ').collect::<Vec<_>>()).fails(2, &["--prompt-tokens"]);
+        for prompts in ["prefill --prompt-tokens 0", "decode --dtype f32 --prompt-tokens 4"] {
+            let call = format!("bench --device cuda:emulated --quick {prompts}");
+            program.run(&call.split(' ').collect::<Vec<_>>()).fails(2, &["--prompt-tokens"]);
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 mod program;
 
-use program::{Program, golden};
+use program::{Program, golden, golden_with_tokenizer};
 
 fn generate<'a>(more: &[&'a str]) -> Vec<&'a str> {
     [&["generate", "--model", "model"], more].concat()
@@ -158,31 +158,6 @@ fn a_model_without_bytes_takes_and_prints_ids() {
     let report = call(&["--tokens", "5,9,200", "-n", "6", "--temperature", "0", "--json"]).json();
     assert_eq!(report["tokens"], serde_json::json!(ids));
     assert!(report["text"].is_null());
-}
-
-/// The golden model with a tokenizer of its size: the 256 bytes, some words, and marks.
-fn golden_with_tokenizer(program: &Program) {
-    use elapid::formats::tokenizer::{TokenKind, Vocabulary};
-
-    std::fs::create_dir(program.path("words")).unwrap();
-    for name in ["config.json", "model.safetensors"] {
-        std::fs::copy(golden().join("hf").join(name), program.path("words").join(name)).unwrap();
-    }
-    let alphabet = (0..=255u8).map(|byte| match byte {
-        b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF => char::from(byte),
-        0..=32 => char::from_u32(0x100 + u32::from(byte)).unwrap(),
-        127..=160 => char::from_u32(0x121 + u32::from(byte) - 127).unwrap(),
-        _ => '\u{143}',
-    });
-    let mut tokens: Vec<String> = alphabet.map(String::from).collect();
-    tokens.extend(["th", "the", "Ġthe", "<|end|>"].map(String::from));
-    let mut kinds = vec![TokenKind::Normal; tokens.len()];
-    kinds[259] = TokenKind::Control;
-    let merges = ["t h", "th e", "Ġ the"].map(String::from).into();
-    let tokens = tokens.into_iter().collect();
-    let words = Vocabulary { model: "gpt2".into(), tokens, kinds, merges, ..Vocabulary::default() };
-    let text = words.to_json(std::path::Path::new("words")).unwrap().unwrap().to_string();
-    program.write("words/tokenizer.json", text);
 }
 
 #[test]

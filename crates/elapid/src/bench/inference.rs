@@ -2,6 +2,7 @@
 //! hold weights, prompts of several lengths and steps of several sequences (random weights: values do not change the
 //! time).
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 
 use anyhow::{Context as _, Result};
@@ -88,11 +89,12 @@ pub fn run(
             let mut engine = engine(config, encoding, threads)?;
             let mut subject = Subject { bench, name, config, encoding, engine: &mut engine };
             let most = |counts: &[usize]| counts.iter().copied().max().unwrap_or(1);
+            let peaks = if prefill { subject.peaks(&prompts)? } else { BTreeMap::new() };
             let report = subject.memory(most(&prompts), most(&batches))?;
             reports.push(report);
             if prefill {
                 for &prompt in &prompts {
-                    subject.prefill(prompt)?;
+                    subject.prefill(prompt, peaks.get(&prompt).copied())?;
                 }
             }
             if decode {
@@ -150,12 +152,21 @@ struct Subject<'a> {
 }
 
 impl Subject<'_> {
+    /// Most memory of the process while it reads a prompt of each length, where the system tells it. The shortest comes
+    /// first, as a process keeps memory that it had.
+    fn peaks(&mut self, prompts: &[usize]) -> Result<BTreeMap<usize, u64>> {
+        let mut peaks = BTreeMap::new();
+        for prompt in BTreeSet::from_iter(prompts) {
+            let resets = self.start_peak();
+            self.read(*prompt)?;
+            peaks.extend(peak_memory_bytes().filter(|_| resets).map(|peak| (*prompt, peak)));
+        }
+        Ok(peaks)
+    }
+
     /// Reads a prompt and decodes a step of a batch, which also brings the weights into memory.
     fn memory(&mut self, prompt: usize, batch: usize) -> Result<Inference> {
-        // The samples of the memory's rate are no part of what a model needs.
-        self.bench.meter.release_memory();
-        memory::trim();
-        let resets = reset_process_peak();
+        let resets = self.start_peak();
         let state = self.read(prompt)?;
         let state_bytes = state_bytes(&state);
         self.step(&mut Some(self.engine.fresh_state(batch)?), batch)?;
@@ -169,12 +180,20 @@ impl Subject<'_> {
         })
     }
 
+    /// Starts the process's peak anew, from what the model needs; false where that cannot be done.
+    fn start_peak(&mut self) -> bool {
+        // The samples of the memory's rate are no part of it.
+        self.bench.meter.release_memory();
+        memory::trim();
+        reset_process_peak()
+    }
+
     fn read(&mut self, prompt: usize) -> Result<State> {
         let ids = Inputs::new().tokens(prompt, self.config.vocab_size);
         advance(self.engine, &ids, &Sequences::uniform(1, prompt), None, &[prompt - 1])
     }
 
-    fn prefill(&mut self, prompt: usize) -> Result<()> {
+    fn prefill(&mut self, prompt: usize, peak: Option<u64>) -> Result<()> {
         let config = self.config;
         let embedding = config.padded_vocab_size() * config.d_model;
         let blocks = config.parameter_count() - embedding;
@@ -197,7 +216,11 @@ impl Subject<'_> {
             task,
             || Ok(()),
             |()| advance(engine, &ids, &sequences, None, &[prompt - 1]),
-        )
+        )?;
+        if let Some(figure) = self.bench.figures.last_mut() {
+            figure.process_peak_bytes = peak;
+        }
+        Ok(())
     }
 
     /// Steps of `batch` sequences that have read something.

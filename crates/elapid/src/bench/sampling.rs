@@ -74,6 +74,10 @@ pub struct Figure {
     pub work: Work,
     /// How that work is counted.
     pub counted: String,
+    /// Most memory of the process during one run by itself, the weights included, where it was taken and the system tells
+    /// it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub process_peak_bytes: Option<u64>,
     /// Times of all runs in seconds.
     pub samples: Vec<f64>,
     /// All samples of the limits.
@@ -146,6 +150,7 @@ fn figure(task: Task, samples: Vec<f64>, limit_samples: Vec<(Limit, Vec<f64>)>) 
         share_of_floor: floor / seconds,
         work: task.work,
         counted: task.counted,
+        process_peak_bytes: None,
         samples,
         limit_samples,
     }

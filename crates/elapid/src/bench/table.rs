@@ -32,7 +32,9 @@ pub fn text(report: &Report) -> String {
     }
     let mut text = columns(&limits);
     if !report.figures.is_empty() {
-        let head = ["name", "time", "tokens/s", "rate", "limit", "share", "of floor"];
+        let peaks = report.figures.iter().any(|figure| figure.process_peak_bytes.is_some());
+        let peak = if peaks { "peak memory" } else { "" };
+        let head = ["name", "time", "tokens/s", "rate", "limit", "share", "of floor", peak];
         let mut figures = vec![head.map(String::from)];
         for figure in &report.figures {
             figures.push([
@@ -43,12 +45,16 @@ pub fn text(report: &Report) -> String {
                 figure.bound_by.show(figure.limit),
                 percent(figure.share),
                 percent(figure.share_of_floor),
+                figure.process_peak_bytes.map_or_else(String::new, bytes),
             ]);
         }
         let _ = write!(text, "\n{}", columns(&figures));
         text.push_str(
             "share: of the one resource that bounds it; of floor: products and state updates added up\n",
         );
+        if peaks {
+            text.push_str("peak memory: of the process, weights included\n");
+        }
     }
     if let Some(scaling) = &report.scan_scaling {
         let head = ["one sequence of", "time", "a token"].map(String::from);

@@ -28,11 +28,15 @@ Examples:
   elapid bench --device cuda          the same work on a GPU, some minutes
   elapid bench train --device cuda --model-shape 130m --model-shape 1.4b:8x2048
   elapid bench decode --device cuda --model-shape 370m --batch 1,32 --weights q8_0
+  elapid bench decode --device cuda --prompt-tokens 0   sequences that have read nothing
 
 Without --device, or with auto, the CPU is measured. On a GPU models compute in bf16 unless --dtype says f32.
 
 A share is what the work must move or compute at least, over what the machine moves or computes at most in \
 that time. Let nothing else run meanwhile. The table goes to stderr.";
+
+/// A prompt is made and kept as a whole.
+const MOST_PROMPT_TOKENS: usize = 1 << 24;
 
 /// Arguments of `elapid bench`.
 #[derive(Debug, Args)]
@@ -59,8 +63,9 @@ pub struct Arguments {
     /// [default: all but q6_k]; on a GPU bf16, q8_0 [default: both]
     #[arg(long, value_name = "TYPE", value_delimiter = ',', value_parser = encoding)]
     weights: Vec<Encoding>,
-    /// Tokens of a prompt that `prefill` reads on the CPU [default: 512]
-    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = batch)]
+    /// Tokens of a prompt that `prefill` reads, and on a GPU of the one that `decode` goes on from (0: none) [default: 512;
+    /// on a GPU decode 2048, prefill many lengths]
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = prompt)]
     prompt_tokens: Vec<usize>,
     /// Recurrent state of decode steps on a GPU: f32, bf16 [default: f32]
     #[arg(long, value_name = "TYPE", value_parser = crate::cli::dtype)]
@@ -94,6 +99,13 @@ fn batch(text: &str) -> Result<usize, String> {
     }
 }
 
+fn prompt(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(count @ 0..=MOST_PROMPT_TOKENS) => Ok(count),
+        _ => Err(format!("{text:?}: expected a number from 0 to {MOST_PROMPT_TOKENS}")),
+    }
+}
+
 fn encoding(text: &str) -> Result<Encoding, String> {
     text.parse::<Encoding>().map_err(|error| error.to_string())
 }
@@ -117,6 +129,11 @@ fn on_cpu(arguments: &Arguments, global: &Global) -> Result<()> {
         let message = format!(
             "--dtype {dtype}: the CPU computes in f32 (weights of decode and prefill: --weights; a GPU: --device cuda)"
         );
+        return Err(Usage::new(message).into());
+    }
+    if arguments.prompt_tokens.contains(&0) {
+        let message =
+            "--prompt-tokens 0 is for decode on a GPU: here a prompt has one token at least";
         return Err(Usage::new(message).into());
     }
     let own = |shape: &ModelShape| {
@@ -145,8 +162,15 @@ fn on_gpu(arguments: &Arguments, global: &Global, gpu: &Gpu) -> Result<()> {
         let message = "cuda:emulated is for tests and has no speed to measure: add --quick";
         return Err(Usage::new(message).into());
     }
-    if !arguments.prompt_tokens.is_empty() {
-        return Err(Usage::new("--prompt-tokens is for the CPU: leave --device out").into());
+    let dtype = global.dtype.unwrap_or(DType::BF16);
+    let prompts = &arguments.prompt_tokens;
+    if !prompts.is_empty() && dtype != DType::BF16 {
+        let message = format!("--prompt-tokens: prompts have one length in {dtype}, any in bf16");
+        return Err(Usage::new(message).into());
+    }
+    if prompts.contains(&0) && subjects(arguments).contains(&Subject::Prefill) {
+        let message = "--prompt-tokens 0 is for decode: prefill reads one token at least";
+        return Err(Usage::new(message).into());
     }
     let weights = arguments.weights.iter().map(|encoding| encoding.to_string().parse());
     let weights: Vec<decode_step::Encoding> = weights
@@ -157,9 +181,10 @@ fn on_gpu(arguments: &Arguments, global: &Global, gpu: &Gpu) -> Result<()> {
             subjects,
             quick: arguments.quick,
             repeats,
-            dtype: global.dtype.unwrap_or(DType::BF16),
+            dtype,
             models: &arguments.model_shape,
             batches: &arguments.batch,
+            prompts,
             weights: &weights,
             state: arguments.state_dtype.unwrap_or(DType::F32),
         };
@@ -171,16 +196,21 @@ fn on_gpu(arguments: &Arguments, global: &Global, gpu: &Gpu) -> Result<()> {
     print(arguments, &document, &heading, &text)
 }
 
+/// What is to be measured.
+fn subjects(arguments: &Arguments) -> Vec<Subject> {
+    match arguments.what.as_slice() {
+        [] => Subject::value_variants().to_vec(),
+        some => some.to_vec(),
+    }
+}
+
 /// Measures, and describes what was measured, where and when.
 fn measured<R: Serialize>(
     arguments: &Arguments,
     machine: Machine,
     measure: impl FnOnce(&[Subject], usize, &Machine) -> Result<(R, String)>,
 ) -> Result<(Document<R>, String)> {
-    let what = match arguments.what.as_slice() {
-        [] => Subject::value_variants().to_vec(),
-        some => some.to_vec(),
-    };
+    let what = subjects(arguments);
     let repeats = arguments.repeats.map_or(if arguments.quick { 3 } else { 9 }, usize::from);
     let load_before = load();
     let started = std::time::Instant::now();

@@ -8,9 +8,9 @@ use anyhow::{Context, Result};
 use clap::Args;
 use elapid_data::corpus::{self, CorpusOptions};
 use elapid_data::{Documents, SourceOptions};
-use elapid_eval::{Divergence, Document, Options, Progress, Tokens, kl_divergence, words};
+use elapid_eval::{Divergence, Document, Options, Progress, kl_divergence};
 use elapid_formats::gguf::{Plan, WeightTypes, save_gguf, vocabulary_of};
-use elapid_formats::{ModelSource, atomic};
+use elapid_formats::{ModelSource, Tokenizer, atomic};
 use elapid_ops::blocks::Encoding;
 use serde_json::{Value, json};
 
@@ -97,7 +97,11 @@ pub fn run(arguments: &Arguments, global: &Global) -> Result<()> {
     if let Some(path) = &arguments.report {
         let text = Text::read(arguments, &from, &source)?;
         let divergence = compare(&from, &text, arguments, global)?;
-        report["text"] = json!({ "source": text.source, "tokens": text.tokens() });
+        report["text"] = json!({
+            "source": text.source,
+            "tokens": text.tokens(),
+            "bytes": text.bytes(),
+        });
         report["comparison"] = serde_json::to_value(divergence)?;
         atomic::write_file(path, |out| writeln!(out, "{report:#}"))?;
         rows(&mut table, &divergence);
@@ -145,7 +149,7 @@ fn sizes(source: &ModelSource, plan: &Plan, arguments: &Arguments, seconds: f64)
 /// The text to compare on, cut to the tokens that are wanted.
 struct Text {
     source: String,
-    /// One entry a document: its text, and its ids unless bytes are ids.
+    /// One entry a document: the part of its text that is read, and the ids of that part unless bytes are ids.
     documents: Vec<(Vec<u8>, Option<Vec<u32>>)>,
 }
 
@@ -175,12 +179,8 @@ impl Text {
                 documents.push((text.to_vec(), None));
                 continue;
             }
-            // No more text than could be wanted; cut where a character ends.
-            let text = &text[..text.len().min(left.saturating_mul(8))];
-            let mut ids = tokenizer
-                .encode_bytes(text, false)
+            let (text, ids) = beginning(tokenizer, text, left)
                 .with_context(|| format!("document {index} of {found}"))?;
-            ids.truncate(left);
             left -= ids.len();
             documents.push((text.to_vec(), Some(ids)));
         }
@@ -196,20 +196,56 @@ impl Text {
         self.documents.iter().map(|(text, ids)| ids.as_ref().map_or(text.len(), Vec::len)).sum()
     }
 
+    fn bytes(&self) -> usize {
+        self.documents.iter().map(|(text, _)| text.len()).sum()
+    }
+
     fn documents(&self) -> Vec<Document<'_>> {
         self.documents
             .iter()
             .map(|(text, ids)| match ids {
                 None => Document::bytes(text),
-                Some(ids) => Document {
-                    tokens: Tokens::Ids(ids),
-                    start: None,
-                    bytes: text.len() as u64,
-                    words: words(text),
-                },
+                Some(ids) => Document::ids(ids, text),
             })
             .collect()
     }
+}
+
+/// The beginning of a text that has at most `most` tokens, and these. The text is cut, never the tokens: they stand for
+/// exactly the bytes that are counted, also where a character takes several tokens or the tokenizer changes the text
+/// before it divides it.
+fn beginning<'t>(
+    tokenizer: &Tokenizer,
+    text: &'t [u8],
+    most: usize,
+) -> Result<(&'t [u8], Vec<u32>)> {
+    // A token is seldom more than eight bytes, so this is all that could be wanted.
+    let mut end = text.len().min(most.saturating_mul(8));
+    // Back to where a character begins, which has four bytes at most.
+    let least = end.saturating_sub(3);
+    while end > least && text.get(end).is_some_and(|byte| byte & 0xC0 == 0x80) {
+        end -= 1;
+    }
+    let text = &text[..end];
+    let ids = tokenizer.encode_bytes(text, false)?;
+    if ids.len() <= most {
+        return Ok((text, ids));
+    }
+    let characters = std::str::from_utf8(text)?;
+    let starts: Vec<usize> = characters.char_indices().map(|(start, _)| start).collect();
+    // So many characters have few enough tokens, and so many too many.
+    let (mut fit, mut fail) = (0, starts.len());
+    let mut kept = Vec::new();
+    while fail - fit > 1 {
+        let middle = fit.midpoint(fail);
+        let ids = tokenizer.encode(&characters[..starts[middle]], false)?;
+        if ids.len() <= most {
+            (fit, kept) = (middle, ids);
+        } else {
+            fail = middle;
+        }
+    }
+    Ok((&text[..starts.get(fit).copied().unwrap_or(0)], kept))
 }
 
 fn compare(from: &Path, text: &Text, arguments: &Arguments, global: &Global) -> Result<Divergence> {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use elapid::formats::hf;
+use elapid::formats::tokenizer::{TokenKind, Vocabulary};
 use elapid::tensor::DType;
 use elapid::{LanguageModel, MambaConfig};
 use tempfile::TempDir;
@@ -114,4 +115,27 @@ impl Outcome {
 /// The golden Mamba-1 model, whose vocabulary is not bytes.
 pub fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../elapid-formats/tests/fixtures/golden/mamba1")
+}
+
+/// The golden model in `words/` with a tokenizer of its size: the 256 bytes, some words, and a mark.
+pub fn golden_with_tokenizer(program: &Program) {
+    std::fs::create_dir(program.path("words")).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(golden().join("hf").join(name), program.path("words").join(name)).unwrap();
+    }
+    let alphabet = (0..=255u8).map(|byte| match byte {
+        b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF => char::from(byte),
+        0..=32 => char::from_u32(0x100 + u32::from(byte)).unwrap(),
+        127..=160 => char::from_u32(0x121 + u32::from(byte) - 127).unwrap(),
+        _ => '\u{143}',
+    });
+    let mut tokens: Vec<String> = alphabet.map(String::from).collect();
+    tokens.extend(["th", "the", "Ġthe", "<|end|>"].map(String::from));
+    let mut kinds = vec![TokenKind::Normal; tokens.len()];
+    kinds[259] = TokenKind::Control;
+    let merges = ["t h", "th e", "Ġ the"].map(String::from).into();
+    let tokens = tokens.into_iter().collect();
+    let words = Vocabulary { model: "gpt2".into(), tokens, kinds, merges, ..Vocabulary::default() };
+    let text = words.to_json(Path::new("words")).unwrap().unwrap().to_string();
+    program.write("words/tokenizer.json", text);
 }

@@ -57,7 +57,7 @@ pub fn run(bench: &mut Bench, decode: bool, prefill: bool) -> Result<Inference> 
             counted: "every weight is read once; 2 FLOP a token and parameter outside the embedding, the head for \
                       the last token; E N updates a token and layer",
         };
-        time(bench, task, || {
+        time(bench, task, prompt, || {
             let begin = Instant::now();
             read(&model, &ids)?;
             Ok(begin.elapsed().as_secs_f64())
@@ -66,7 +66,10 @@ pub fn run(bench: &mut Bench, decode: bool, prefill: bool) -> Result<Inference> 
     if decode {
         let task = Task {
             name: "decode step",
-            shape: format!("{name}, batch 1, {new} steps a run, {}", bench.dtype),
+            shape: format!(
+                "{name}, batch 1, {new} steps a run, {}, after {prompt} tokens",
+                bench.dtype
+            ),
             tokens: Some(1),
             work: Work::bytes(weight_bytes as f64),
             counted: "every weight is read once a token (the embedding as the head)",
@@ -80,7 +83,7 @@ pub fn run(bench: &mut Bench, decode: bool, prefill: bool) -> Result<Inference> 
         let request = Request { prompt: vec![1], state: Some(state.clone()), ..Request::default() };
         let requests = std::slice::from_ref(&request);
         let mut runner = ModelRunner::new(&model);
-        time(bench, task, || {
+        time(bench, task, prompt, || {
             let made =
                 generate(&mut runner, requests, &options, &mut |_| ControlFlow::Continue(()))?;
             Ok(made.timing.decode.as_secs_f64() / made.timing.decode_tokens as f64)
@@ -91,14 +94,22 @@ pub fn run(bench: &mut Bench, decode: bool, prefill: bool) -> Result<Inference> 
     Ok(Inference { model: name, parameters, weight_bytes, state_bytes })
 }
 
-/// Takes the seconds that `run` gives, after runs that are thrown away.
-fn time(bench: &mut Bench, task: Task, mut run: impl FnMut() -> Result<f64>) -> Result<()> {
+/// Takes the seconds that `run` gives, after runs that are thrown away, and the most memory of the card meanwhile.
+fn time(
+    bench: &mut Bench,
+    task: Task,
+    prompt: usize,
+    mut run: impl FnMut() -> Result<f64>,
+) -> Result<()> {
+    bench.gpu.reset_peak();
     for _ in 0..2 {
         run()?;
     }
     let samples: Vec<f64> = (0..bench.repeats).map(|_| run()).collect::<Result<_>>()?;
     let times = Times { samples, runs_per_sample: 1 };
-    bench.add(Figure::new(task, times, &bench.limits));
+    let peak_bytes = Some(bench.gpu.usage().peak);
+    let figure = Figure::new(task, times, &bench.limits);
+    bench.add(Figure { prompt_tokens: Some(prompt), peak_bytes, ..figure });
     Ok(())
 }
 

@@ -24,6 +24,7 @@ use elapid_tensor::{DType, Device};
 use serde::Serialize;
 
 use super::Subject;
+use crate::output::bytes;
 use inference::Inference;
 use limits::{Limits, Rate};
 use sampling::{Figure, Task, Times};
@@ -107,6 +108,8 @@ pub struct Settings<'a> {
     pub models: &'a [ModelShape],
     /// Sequences of a decode step or that read prompts; the usual numbers if empty.
     pub batches: &'a [usize],
+    /// Tokens of the prompts that are read, and after which decode steps go on; the usual ones if empty.
+    pub prompts: &'a [usize],
     /// How decode steps keep weights; in every way if empty.
     pub weights: &'a [Encoding],
     /// How decode steps keep the recurrent state.
@@ -142,7 +145,9 @@ impl Bench {
 
     fn add(&mut self, figure: Figure) {
         let (time, share) = (super::table::duration(figure.seconds), 100.0 * figure.share);
-        eprintln!("  {} ({}): {time}, {share:.1} %", figure.name, figure.shape);
+        let peak = figure.peak_bytes.map(|peak| format!(", peak {}", bytes(peak as u64)));
+        let peak = peak.unwrap_or_default();
+        eprintln!("  {} ({}): {time}, {share:.1} %{peak}", figure.name, figure.shape);
         self.figures.push(figure);
     }
 }
@@ -152,7 +157,8 @@ impl Bench {
 /// # Errors
 /// Those of the operations measured. A model that does not fit is no error.
 pub fn run(gpu: &Gpu, settings: &Settings<'_>) -> Result<Report> {
-    let Settings { subjects, quick, repeats, dtype, models, batches, weights, state } = *settings;
+    let Settings { subjects, quick, repeats, dtype, models, batches, prompts, weights, state } =
+        *settings;
     let device = DeviceReport::of(gpu);
     eprintln!("limits of {}", device.name);
     let limits = Limits::measure(gpu, repeats, quick)?;
@@ -177,12 +183,12 @@ pub fn run(gpu: &Gpu, settings: &Settings<'_>) -> Result<Report> {
     let (mut decode, mut prefill) = (wanted(Subject::Decode), wanted(Subject::Prefill));
     if decode && dtype == DType::BF16 {
         eprintln!("decode steps");
-        decode::run(&mut bench, models, batches, weights, state)?;
+        decode::run(&mut bench, models, batches, prompts, weights, state)?;
         decode = false;
     }
     if prefill && dtype == DType::BF16 {
         eprintln!("reading prompts");
-        prefill::run(&mut bench, models, batches)?;
+        prefill::run(&mut bench, models, batches, prompts)?;
         prefill = false;
     }
     let inference = if decode || prefill {

@@ -1,5 +1,6 @@
 //! Reading prompts of 1 to 131,072 tokens as generation does: in chunks, so that memory does not grow with the length, by
-//! the host's clock, as a prompt is read when the host has its logits.
+//! the host's clock, as a prompt is read when the host has its logits. Beside each time stands the most memory of the card
+//! that was in use, the weights included.
 
 use std::ops::ControlFlow;
 
@@ -17,8 +18,13 @@ const LENGTHS: [usize; 11] = [1, 4, 16, 64, 256, 512, 1024, 2048, 8192, 32_768, 
 /// Tokens of each prompt of several.
 const SEVERAL: usize = 2048;
 
-/// Measures each model with each number of prompts.
-pub fn run(bench: &mut Bench, models: &[ModelShape], batches: &[usize]) -> Result<()> {
+/// Measures each model with each number of prompts of each length; the usual lengths if none is given.
+pub fn run(
+    bench: &mut Bench,
+    models: &[ModelShape],
+    batches: &[usize],
+    lengths: &[usize],
+) -> Result<()> {
     let usual: ModelShape =
         if bench.quick { "tiny" } else { "130m" }.parse().map_err(anyhow::Error::msg)?;
     let usual = [usual];
@@ -30,12 +36,12 @@ pub fn run(bench: &mut Bench, models: &[ModelShape], batches: &[usize]) -> Resul
         model.run_only()?;
         let mut runner = ModelRunner::new(&model);
         for &batch in batches {
-            let lengths: &[usize] = match (bench.quick, batch) {
+            let usual: &[usize] = match (bench.quick, batch) {
                 (true, _) => &[1, 33],
                 (false, 1) => &LENGTHS,
                 (false, _) => &[SEVERAL],
             };
-            for &length in lengths {
+            for &length in if lengths.is_empty() { usual } else { lengths } {
                 measure(bench, &mut runner, name, config, batch, length)?;
             }
         }
@@ -65,6 +71,7 @@ fn measure(
         let read = generate(runner, &requests, &options, &mut |_| ControlFlow::Continue(()))?;
         Ok(read.timing.prefill.as_secs_f64())
     };
+    bench.gpu.reset_peak();
     let first = read()?;
     // What takes a second was not slow because it was the first.
     if first < 1.0 {
@@ -88,6 +95,8 @@ fn measure(
         counted: "every weight is read once; 2 FLOP a token and parameter outside the embedding, the head for the last \
                   token; E N updates a token and layer",
     };
-    bench.add(Figure::new(task, Times { samples, runs_per_sample: 1 }, &bench.limits));
+    let peak_bytes = Some(bench.gpu.usage().peak);
+    let figure = Figure::new(task, Times { samples, runs_per_sample: 1 }, &bench.limits);
+    bench.add(Figure { prompt_tokens: Some(length), peak_bytes, ..figure });
     Ok(())
 }

@@ -126,6 +126,12 @@ pub struct Figure {
     pub name: &'static str,
     /// Sizes.
     pub shape: String,
+    /// Tokens of the prompt that was read, or after which tokens were made.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_tokens: Option<usize>,
+    /// Most bytes of the card that buffers in use held at once, the weights included.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peak_bytes: Option<usize>,
     /// Median time of one run in seconds.
     pub seconds: f64,
     /// Tokens of one run over its median time.
@@ -158,6 +164,8 @@ impl Figure {
         Self {
             name: task.name,
             shape: task.shape,
+            prompt_tokens: None,
+            peak_bytes: None,
             seconds,
             tokens_per_second: task.tokens.map(|tokens| tokens as f64 / seconds),
             bound_by,

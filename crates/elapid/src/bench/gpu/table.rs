@@ -18,10 +18,15 @@ pub fn text(report: &Report) -> String {
     }
     let mut text = columns(&limits);
     if !report.figures.is_empty() {
-        let head = ["name", "time", "tokens/s", "bound by", "rate", "share"];
+        let peaks = report.figures.iter().any(|figure| figure.peak_bytes.is_some());
+        let peak = if peaks { "peak memory" } else { "" };
+        let head = ["name", "time", "tokens/s", "bound by", "rate", "share", peak];
         let mut figures = vec![head.map(String::from)];
         figures.extend(report.figures.iter().map(row));
         let _ = write!(text, "\n{}", columns(&figures));
+        if peaks {
+            text.push_str("peak memory: of the card, in buffers in use, weights included\n");
+        }
     }
     for scaling in &report.scan_scaling {
         let head = ["sequences x tokens", "forward", "backward"].map(String::from);
@@ -65,7 +70,7 @@ pub fn text(report: &Report) -> String {
     text
 }
 
-fn row(figure: &Figure) -> [String; 6] {
+fn row(figure: &Figure) -> [String; 7] {
     [
         format!("{} ({})", figure.name, figure.shape),
         duration(figure.seconds),
@@ -73,6 +78,7 @@ fn row(figure: &Figure) -> [String; 6] {
         figure.bound_by.name().into(),
         format!("{:.3} {}", figure.rate / 1e12, figure.bound_by.unit()),
         percent(figure.share),
+        figure.peak_bytes.map_or_else(String::new, |peak| bytes(peak as u64)),
     ]
 }
 
