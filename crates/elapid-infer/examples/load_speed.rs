@@ -2,10 +2,12 @@
 //! `cargo run --release -p elapid-infer --example load_speed MODEL [REPEATS]`. MODEL is a folder or a file.
 //!
 //! On a GPU it decodes in bf16, and the first round also loads kernels, which reading a prompt and the first step need anyway.
-//! Without one it decodes on all processors, as the file is stored, in f32 and in q8_0, with and without the check in turns;
-//! the first round also brings the file into memory. Medians are of the other rounds.
+//! Without one it decodes on all processors, as the file is stored, in f32 and in q8_0, with and without the check in turns,
+//! each time in a process of its own, as memory that was used before loads faster. The first round also brings the file into
+//! memory. Medians are of the other rounds.
 
 use std::path::Path;
+use std::process::Command;
 use std::time::Instant;
 
 use elapid_formats::ModelSource;
@@ -23,6 +25,11 @@ fn main() -> Result<(), Failure> {
         }
         None => 9,
     };
+    if let Some(encoding) = std::env::args().nth(3) {
+        let checked = std::env::args().nth(4).is_some();
+        println!("{}", load_once(Path::new(&model), encoding.parse().ok(), checked)?);
+        return Ok(());
+    }
     let started = Instant::now();
     let (device, _) = Device::best();
     let Some(gpu) = device.gpu()? else { return on_cpu(Path::new(&model), repeats) };
@@ -57,20 +64,32 @@ fn main() -> Result<(), Failure> {
     Ok(())
 }
 
-fn on_cpu(model: &Path, repeats: usize) -> Result<(), Failure> {
+/// Milliseconds of a load on the CPU.
+fn load_once(model: &Path, encoding: Option<Encoding>, checked: bool) -> Result<f64, Failure> {
     let threads = std::thread::available_parallelism()?.get();
-    for encoding in [None, Some(Encoding::F32), Some(Encoding::Q8_0)] {
+    let check = checked.then_some(Rows::AT_LOAD);
+    let loading = Loading { encoding, threads, check, progress: &mut |_, _| {} };
+    let started = Instant::now();
+    let source = ModelSource::open(model)?;
+    let engine = CpuEngine::load(&source, loading)?;
+    let time = started.elapsed();
+    drop(engine);
+    Ok(1e3 * time.as_secs_f64())
+}
+
+fn on_cpu(model: &Path, repeats: usize) -> Result<(), Failure> {
+    for encoding in ["stored", "f32", "q8_0"] {
         let (mut without, mut with) = (Vec::new(), Vec::new());
         for round in 0..=repeats {
             // Either comes first in every other round.
             for checked in [round % 2 == 0, round % 2 != 0] {
-                let check = checked.then_some(Rows::AT_LOAD);
-                let loading = Loading { encoding, threads, check, progress: &mut |_, _| {} };
-                let started = Instant::now();
-                let source = ModelSource::open(model)?;
-                let engine = CpuEngine::load(&source, loading)?;
-                let time = 1e3 * started.elapsed().as_secs_f64();
-                drop(engine);
+                let mut command = Command::new(std::env::current_exe()?);
+                command.arg(model).args(["1", encoding]).args(checked.then_some("checked"));
+                let output = command.output()?;
+                if !output.status.success() {
+                    return Err(String::from_utf8_lossy(&output.stderr).into());
+                }
+                let time: f64 = std::str::from_utf8(&output.stdout)?.trim().parse()?;
                 match (round, checked) {
                     (0, _) => {}
                     (_, true) => with.push(time),
@@ -81,9 +100,8 @@ fn on_cpu(model: &Path, repeats: usize) -> Result<(), Failure> {
         let extra =
             median(with.iter().zip(&without).map(|(with, without)| with - without).collect());
         let (with, without) = (median(with), median(without));
-        let name = encoding.map_or("as stored".into(), |encoding| encoding.to_string());
         println!(
-            "cpu, {name}: load {without:.1} ms, with its check {with:.1}; in neighbours the check is {extra:.1} ms, {:.1} % of the rest",
+            "cpu, {encoding}: load {without:.1} ms, with its check {with:.1}; in neighbours the check is {extra:.1} ms, {:.1} % of the rest",
             100.0 * extra / without
         );
     }

@@ -31,8 +31,8 @@ pub enum Rows {
 const RUN: usize = 8;
 
 impl Rows {
-    /// Enough to see a wrong kernel at once.
-    pub const AT_LOAD: Self = Self::Sampled(16);
+    /// A run of every weight, in other places of other layers: enough to see a wrong kernel at once.
+    pub const AT_LOAD: Self = Self::Sampled(8);
 
     /// The rows of `0..count` to look at; `salt` lets neighbouring layers look at different ones.
     pub(crate) fn of(self, count: usize, salt: usize) -> Vec<usize> {
@@ -66,7 +66,7 @@ pub struct Checked {
 }
 
 impl Checked {
-    fn add(&mut self, other: Self) {
+    pub(crate) fn add(&mut self, other: Self) {
         self.values += other.values;
         self.worst = self.worst.max(other.worst);
     }

@@ -14,6 +14,9 @@ use elapid_tensor::Tensor;
 use super::pool::Pool;
 use crate::{Error, Result};
 
+/// Fewer bytes of a file are not worth a call of the system, and the pages come back when the self-check reads them.
+const WORTH_GIVING_BACK: usize = 256 << 10;
+
 /// Elements converted or looked at at a time by one thread: input and output stay in the second-level cache.
 const PIECE: usize = 1 << 14;
 
@@ -43,10 +46,8 @@ impl Matrix {
     }
 
     /// Values of a row.
-    pub(super) fn row(&self, row: usize) -> Result<Vec<f32>> {
-        let mut values = vec![0.0; self.columns];
-        dequantize(self.encoding, self.weight().row(row), &mut values)?;
-        Ok(values)
+    pub(super) fn read_row(&self, row: usize, values: &mut [f32]) -> Result<()> {
+        Ok(dequantize(self.encoding, self.weight().row(row), values)?)
     }
 
     /// Reads every value on all threads.
@@ -271,6 +272,13 @@ fn missing(name: &str, expected: String, found: String) -> Error {
     Error::Weight { name: name.into(), expected, found }
 }
 
+/// Lets the memory of a tensor go of which the engine has its own copy.
+fn give_back(tensor: &StoredTensor) {
+    if tensor.bytes.len() >= WORTH_GIVING_BACK {
+        tensor.bytes.release();
+    }
+}
+
 /// `wanted`, or what comes nearest for rows of that width: blocks of 256 give way to `q8_0`, all blocks to f32.
 pub(super) fn fitting(wanted: Encoding, columns: usize) -> Encoding {
     [wanted, Encoding::Q8_0, Encoding::F32]
@@ -295,7 +303,7 @@ impl Reader<'_> {
         let tensor = self.stored(name, elements)?;
         let mut values = vec![0.0; elements];
         tensor.read_f32(&mut values)?;
-        tensor.bytes.release();
+        give_back(&tensor);
         finite(name, &values, 0)?;
         Ok(values)
     }
@@ -306,8 +314,7 @@ impl Reader<'_> {
         let finite = encoding != tensor.encoding;
         let bytes = if finite {
             let bytes = self.convert(&tensor, name, rows, columns, encoding)?;
-            // The engine has its own copy now.
-            tensor.bytes.release();
+            give_back(&tensor);
             self.done += tensor.bytes.len() as u64;
             (self.progress)(self.done, self.all);
             bytes

@@ -1,6 +1,7 @@
 //! Whether decode steps compute what the model does, which has been checked against the reference: a few tokens, one by
 //! one, against the same tokens read at once. The packed weights and the kernels of steps are seen through the states that
-//! they leave in each layer, first to last, and the logits.
+//! they leave in each layer, first to last, and the logits. What other numbers of sequences run through, other cuts and other
+//! kernels, has the bits of one sequence or is wrong.
 
 use std::ops::ControlFlow;
 
@@ -21,7 +22,64 @@ const TOLERANCE: f64 = 0.25;
 /// the norm is off cannot be judged any more.
 const GROWTH: f64 = 4.0;
 
+/// Sequences of the steps that must have the bits of one: of one to a few tiles of columns, and of kernels for many.
+const SEVERAL: [usize; 4] = [3, 9, 17, 40];
+
 impl GpuEngine<'_> {
+    /// As [`GpuEngine::check`], and steps of several and of many sequences, for which kernels of their own are loaded.
+    ///
+    /// # Errors
+    /// As [`GpuEngine::check`].
+    pub fn check_all(&mut self) -> Result<usize> {
+        let mut values = self.check()?;
+        let last = self.model.config().vocab_size.saturating_sub(1);
+        let id = u32::try_from(last / 2).unwrap_or(0);
+        let (alone, alone_state) = self.equal_sequences(1, id)?;
+        for count in SEVERAL {
+            let (logits, state) = self.equal_sequences(count, id)?;
+            for (slot, own) in logits.chunks_exact(alone.len().max(1)).enumerate() {
+                same_bits("logits", slot, count, own, &alone)?;
+            }
+            for (layer, (own, expected)) in state.layers.iter().zip(&alone_state.layers).enumerate()
+            {
+                for name in ["conv_state", "ssm_state"] {
+                    let (Some(own), Some(expected)) = (own.get(name), expected.get(name)) else {
+                        continue;
+                    };
+                    let expected = expected.to_vec::<f32>()?;
+                    let tensor = format!("backbone.layers.{layer}.mixer.{name}");
+                    let own = own.to_vec::<f32>()?;
+                    for (slot, own) in own.chunks_exact(expected.len().max(1)).enumerate() {
+                        same_bits(&tensor, slot, count, own, &expected)?;
+                    }
+                    values += own.len();
+                }
+            }
+            values += logits.len();
+        }
+        self.steps = None;
+        Ok(values)
+    }
+
+    /// Logits and states of two steps of so many sequences with the same token.
+    fn equal_sequences(&mut self, count: usize, id: u32) -> Result<(Vec<f32>, State)> {
+        let (mut logits, mut state) = (Vec::new(), self.fresh_state(count)?);
+        self.steps = None;
+        for position in 0..2 {
+            let one = |slot| Sequence {
+                start: slot,
+                len: 1,
+                slot,
+                continued: true,
+                position,
+                id: slot as u64,
+            };
+            let sequences: Vec<Sequence> = (0..count).map(one).collect();
+            (logits, state) = self.logits(&vec![id; count], &sequences, state)?;
+        }
+        Ok((logits, state))
+    }
+
     /// Compares decode steps with the model; returns how many values were compared. Steps that were made before are
     /// forgotten.
     ///
@@ -53,6 +111,27 @@ impl GpuEngine<'_> {
         comparison.of_states(&state, &expected)?;
         comparison.judge("logits", "the last token", &Difference::between(&own, &logits))?;
         Ok(comparison.values)
+    }
+}
+
+/// # Errors
+/// [`Error::SelfCheck`] with the first value of one of `count` equal sequences that is not that of one alone.
+fn same_bits(
+    tensor: &str,
+    slot: usize,
+    count: usize,
+    found: &[f32],
+    expected: &[f32],
+) -> Result<()> {
+    let mut pairs = found.iter().zip(expected).enumerate();
+    match pairs.find(|(_, (found, expected))| found.to_bits() != expected.to_bits()) {
+        None => Ok(()),
+        Some((at, (found, expected))) => Err(Error::SelfCheck {
+            tensor: tensor.into(),
+            place: format!("sequence {slot} of {count} equal ones, index {at}"),
+            expected: f64::from(*expected),
+            found: f64::from(*found),
+        }),
     }
 }
 
@@ -195,7 +274,10 @@ mod tests {
             model.place(Device::Cuda(gpu.id()), DType::BF16).unwrap();
             let engine = GpuEngine::new(&mut model, encoding).unwrap();
             let mut engine = engine.with_state(state).unwrap();
-            assert!(engine.check().unwrap() > 3 * 64 * (3 + 16));
+            let once = engine.check().unwrap();
+            assert!(once > 3 * 64 * (3 + 16));
+            let sequences: usize = SEVERAL.iter().sum();
+            assert!(engine.check_all().unwrap() > once + sequences * 3 * 64 * (3 + 16));
             // W_x of the second layer, and the head, as they would be damaged.
             let other = |rows: usize, terms: usize, value: f32| {
                 let values = gpu.upload(&vec![value; rows * terms]).unwrap();

@@ -106,7 +106,7 @@ fn check_model(path: &Path, placement: &Placement) -> Result<Model> {
         if placement.device != Device::Cpu {
             let decodes = placement.dtype == DType::BF16;
             let values = match decodes {
-                true => GpuEngine::of_source(&mut model, &source, None)?.check()?,
+                true => GpuEngine::of_source(&mut model, &source, None)?.check_all()?,
                 false => 0,
             };
             return Ok(Checked { values: of_model.values + values, ..of_model });
