@@ -16,6 +16,8 @@ const LARGE_WARP_RING_BYTES: usize = 176 << 10;
 /// Bytes of the ring in shared memory: two blocks of kernels that follow one another have room, or one.
 const RING_BYTES: usize = 112 << 10;
 const LARGE_RING_BYTES: usize = 200 << 10;
+/// Most stages of a ring, as in product.cuh.
+const MOST_STAGES: usize = 8;
 /// From so many tiles of rows on, a block of 16 tiles of columns has a multiprocessor's registers to itself, and each warp
 /// all of the columns.
 const LARGE_ROW_TILES: usize = 7;
@@ -52,6 +54,8 @@ pub(super) struct Cut {
     shares: usize,
     /// No multiprocessor has two blocks at once.
     alone: bool,
+    /// Multiprocessors shall have two.
+    two: bool,
     /// Bytes of shared memory that a block can have.
     shared: usize,
 }
@@ -87,6 +91,7 @@ impl Cut {
             parts: 1,
             shares: MANY_SHARES,
             alone: true,
+            two: false,
             shared: target.shared,
         };
         while cut.column_tiles < 4
@@ -122,6 +127,7 @@ impl Cut {
                 parts: 1,
                 shares: SHARES,
                 alone: tiles.div_ceil(row_tiles) <= multiprocessors,
+                two: false,
                 shared,
             };
         }
@@ -131,6 +137,7 @@ impl Cut {
             // Eight warps at least, where there is work for them; large blocks have as many anyway.
             column_warps: match (column_tiles, row_tiles) {
                 (4, _) => 1,
+                (8 | 16, 5..) if grouped && encoding == Encoding::Bf16 => 1,
                 (8, 5..) if grouped => 1,
                 (_, LARGE_ROW_TILES..) => 1,
                 _ => 2,
@@ -139,11 +146,12 @@ impl Cut {
             parts,
             shares: SHARES,
             alone: false,
+            two: false,
             shared,
         };
         // Of many turns, two blocks on a multiprocessor: one's beginning and end beside the other's products.
         if grouped && tiles > 12 * multiprocessors && column_tiles >= 16 {
-            return candidate(4, 16, 1);
+            return Self { two: true, ..candidate(4, 16, 1) };
         }
         let all = parts.iter().flat_map(|&parts| {
             [16, 8, 4].into_iter().flat_map(move |column_tiles| {
@@ -185,13 +193,19 @@ impl Cut {
     /// Blocks of terms of a stage of the ring, and the ring's bytes: no run ends within a stage. Stages of four and five
     /// need a larger ring and more registers, which blocks of 16 tiles of columns do not have.
     fn ring(&self, weights: &Packed) -> (usize, usize) {
-        let blocks = weights.blocks();
-        let share = blocks.div_ceil(self.shares);
+        let (blocks, share) = (weights.blocks(), self.share(weights));
         let bytes = self.row_tiles * weights.encoding().block_bytes() + 512 * self.column_tiles;
+        let narrow = weights.encoding() == Encoding::Bf16;
+        let wide = match self.column_tiles {
+            16 => self.row_tiles >= 4,
+            8 => (3..=4).contains(&self.row_tiles),
+            _ => false,
+        };
+        let wide = wide && self.grouped && narrow && !self.two;
         let stages = |some: usize| {
-            let large = some > 3 || self.row_tiles >= LARGE_ROW_TILES;
+            let large = some > 3 || self.row_tiles >= LARGE_ROW_TILES || wide;
             let ring = if large { LARGE_RING_BYTES } else { RING_BYTES };
-            (self.room(ring) / (some * bytes)).min(8)
+            (self.room(ring) / (some * bytes)).min(MOST_STAGES)
         };
         let fits = |&some: &usize| {
             let able = some <= 3 || (self.grouped && self.column_tiles <= 8);
@@ -201,10 +215,26 @@ impl Cut {
         (some, stages(some) * some * bytes)
     }
 
+    /// Whether products go on over the barriers of a run of several steps, which wants two stages more.
+    fn goes_on(&self, weights: &Packed) -> bool {
+        let (some, ring) = self.ring(weights);
+        let bytes = self.row_tiles * weights.encoding().block_bytes() + 512 * self.column_tiles;
+        self.grouped
+            && weights.encoding() == Encoding::Bf16
+            && some >= 2
+            && self.share(weights) >= 2 * some
+            && ring >= 5 * some * bytes
+    }
+
+    /// Blocks of terms of a run.
+    fn share(&self, weights: &Packed) -> usize {
+        weights.blocks().div_ceil(self.shares)
+    }
+
     /// Where columns are few: blocks of terms that are under way to a warp's registers, and stages of its ring if a run has
     /// more of them, or 0.
     fn ahead(&self, weights: &Packed) -> (usize, usize) {
-        let share = weights.blocks().div_ceil(self.shares);
+        let share = self.share(weights);
         // So many blocks in registers, and runs that still go through them.
         let (most, runs) = match (self.row_tiles, self.column_tiles) {
             (1, 1) => (6, 8),
@@ -230,7 +260,7 @@ impl Cut {
         (4 * 8 * self.column_tiles).next_multiple_of(128)
     }
 
-    pub(super) fn macros(&self, weights: &Packed) -> [(&'static str, String); 9] {
+    pub(super) fn macros(&self, weights: &Packed) -> [(&'static str, String); 10] {
         let ((ahead, warp_stages), (stage_blocks, ring)) = match self.is_many() {
             true => ((1, 0), self.ring(weights)),
             false => (self.ahead(weights), (1, 0)),
@@ -244,6 +274,7 @@ impl Cut {
             ("GROUPED", usize::from(self.grouped).to_string()),
             ("STAGE_BLOCKS", stage_blocks.to_string()),
             ("RING_BYTES", ring.to_string()),
+            ("GOES_ON", usize::from(self.is_many() && self.goes_on(weights)).to_string()),
             ("PARTS", self.parts.to_string()),
         ]
     }

@@ -64,11 +64,16 @@ template <int COUNT> DEVICE void pin_sums(float (&c)[COUNT][4]) {
 #endif
 }
 
-template <int COUNT> DEVICE void start_group(float (&c)[COUNT][4]) {
+// What was written to registers is what the tensor cores find there.
+DEVICE void show_registers() {
 #ifdef HAS_GROUPS
-    pin_sums(c);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
+}
+
+template <int COUNT> DEVICE void start_group(float (&c)[COUNT][4]) {
+    pin_sums(c);
+    show_registers();
 }
 
 template <int AT, int NEXT, int STRIDE, int COUNT>
@@ -88,6 +93,13 @@ DEVICE void multiply_group(float (&c)[COUNT][4], const uint32_t (&a)[4], const u
 DEVICE void begin_group() {
 #ifdef HAS_GROUPS
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+
+// Between start_group and end_group several may be begun; this waits for all of them but the last.
+DEVICE void wait_for_earlier_group() {
+#ifdef HAS_GROUPS
+    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
 #endif
 }
 

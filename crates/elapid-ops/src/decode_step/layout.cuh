@@ -106,6 +106,22 @@ struct Narrow {
         during();
         end_group(sums);
     }
+    // The same between start_group and end_group, the fragments from `weights` on, block by block, each loaded while the tensor
+    // cores are at the one before: the last block goes on when this returns. `during` runs when nothing is under way that was
+    // begun before.
+    template <int STRIDE, int BLOCKS, int AT = 0, int COUNT, class During>
+    static DEVICE void multiply_on(float (&sums)[COUNT][4], Narrow (&blocks)[BLOCKS], const uint8_t* weights, const uint8_t* columns,
+                                   During during) {
+        static_assert(BLOCKS >= 2, "fragments that nobody reads while they are loaded");
+        blocks[AT].load_shared(weights + AT * BYTES);
+        show_registers();
+        multiply_group<AT * COLUMN_BLOCK, MATRIX, STRIDE>(sums, blocks[AT].words[0].at, columns);
+        multiply_group<AT * COLUMN_BLOCK + 2 * MATRIX, MATRIX, STRIDE>(sums, blocks[AT].words[1].at, columns);
+        begin_group();
+        wait_for_earlier_group();
+        if constexpr (AT == 0) during();
+        if constexpr (AT + 1 < BLOCKS) multiply_on<STRIDE, BLOCKS, AT + 1>(sums, blocks, weights, columns, during);
+    }
 };
 
 // Two int8 of a word as bf16: bytes 0 and 2, or 1 and 3.

@@ -237,6 +237,9 @@ constexpr int STAGE_WEIGHTS = ROW_TILES * STAGE_BLOCKS * Weights::BYTES;
 constexpr int STAGE_BYTES = STAGE_WEIGHTS + COLUMN_TILES * STAGE_BLOCKS * COLUMN_BLOCK;
 constexpr int STAGES = RING_BYTES / STAGE_BYTES < 8 ? RING_BYTES / STAGE_BYTES : 8;
 static_assert(STAGES >= 3, "a ring of three stages");
+// With GOES_ON the tensor cores are at work while the next step's fragments are read, over the barrier between the steps of a
+// run. They read the stage before still, so that the one before that is filled anew.
+constexpr int FILLED = GOES_ON ? STAGES - 2 : STAGES - 1;
 // Tiles of columns of a warp.
 constexpr int OWN = COLUMN_TILES / COLUMN_WARPS;
 
@@ -246,7 +249,7 @@ DEVICE int own_column_tile() { return COLUMN_WARPS == 1 ? 0 : warp_id() / ROW_WA
 
 // Of the runs [first_share, end_share): `end_of_share(share, sums)` is called with the sums of each, which it may change
 // to those that the next one starts from.
-template <class Before, class End>
+template <class Before, class End, class Stored = Weights>
 DEVICE void multiply_many(const Product& product, float* room, int first_share, int end_share, Before before, End end_of_share) {
     uint8_t* ring = reinterpret_cast<uint8_t*>(room) + FACTOR_BYTES;
     int64_t place0 = int64_t(blockIdx.x) * ROW_TILES, column_tile0 = int64_t(blockIdx.y) * COLUMN_TILES;
@@ -289,11 +292,11 @@ DEVICE void multiply_many(const Product& product, float* room, int first_share, 
             if (base + WIDE_THREADS <= COLUMN_CHUNKS || base + thread < COLUMN_CHUNKS)
                 copy_async(to + base * 16, product.x + uint64_t(columns[base / WIDE_THREADS] + uint32_t(step * COLUMN_TILE)) * 16);
     };
-    for (int step = 0; step < STAGES - 1 && step < steps; ++step) copy_weights(step, step);
+    for (int step = 0; step < FILLED && step < steps; ++step) copy_weights(step, step);
     let_next_start();
     before();
     wait_for_previous();
-    for (int step = 0; step < STAGES - 1; ++step) {
+    for (int step = 0; step < FILLED; ++step) {
         if (step < steps) copy_columns(step, step);
         commit_copies();
     }
@@ -306,47 +309,63 @@ DEVICE void multiply_many(const Product& product, float* room, int first_share, 
     for (int n = 0; n < OWN; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[n][i] = 0.0f;
-    int in_share = 0, share_steps = int(share) / STAGE_BLOCKS, at_share = first_share;
-    // The stage of the step, and the one before it, which is filled anew.
-    int at_stage = 0, next_stage = STAGES - 1;
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-        wait_copies<STAGES - 2>();
+    int share_steps = int(share) / STAGE_BLOCKS, step = 0;
+    // The stage of the step, and the one that is filled anew.
+    int at_stage = 0, next_stage = FILLED;
+    auto begin = [&]() -> const uint8_t* {
+        wait_copies<FILLED - 1>();
 #if GROUPED
         show_to_tensor_cores();
 #endif
         __syncthreads();
-        const uint8_t* stage = ring + at_stage * STAGE_BYTES;
-        const uint8_t* stage_columns = stage + STAGE_WEIGHTS + own_column_tile() * (STAGE_BLOCKS * COLUMN_BLOCK);
-        auto fill = [&]() {
-            if (step + STAGES - 1 < steps) {
-                copy_weights(step + STAGES - 1, next_stage);
-                copy_columns(step + STAGES - 1, next_stage);
+        return ring + at_stage * STAGE_BYTES;
+    };
+    auto fill = [&]() {
+        if (step + FILLED < steps) {
+            copy_weights(step + FILLED, next_stage);
+            copy_columns(step + FILLED, next_stage);
+        }
+        commit_copies();
+        at_stage = at_stage + 1 == STAGES ? 0 : at_stage + 1;
+        next_stage = next_stage + 1 == STAGES ? 0 : next_stage + 1;
+    };
+    constexpr int COLUMN_TILE_BYTES = STAGE_BLOCKS * COLUMN_BLOCK;
+    int own_weights = row_tile * STAGE_BLOCKS * Weights::BYTES, own_columns = STAGE_WEIGHTS + own_column_tile() * COLUMN_TILE_BYTES;
+#pragma unroll 1
+    for (int at_share = first_share; step < steps; ++at_share) {
+        int end = least(steps, step + share_steps);
+        if constexpr (GOES_ON) {
+            Weights a[STAGE_BLOCKS];
+            start_group(sums);
+#pragma unroll 1
+            for (; step < end; ++step) {
+                const uint8_t* stage = begin();
+                Stored::template multiply_on<COLUMN_TILE_BYTES>(sums, a, stage + own_weights, stage + own_columns, fill);
             }
-            commit_copies();
-            next_stage = at_stage;
-            at_stage = at_stage + 1 == STAGES ? 0 : at_stage + 1;
-        };
-        Weights a[STAGE_BLOCKS];
+            end_group(sums);
+        } else {
+#pragma unroll 1
+            for (; step < end; ++step) {
+                const uint8_t* stage = begin();
+                Weights a[STAGE_BLOCKS];
 #pragma unroll
-        for (int k = 0; k < STAGE_BLOCKS; ++k) a[k].load_shared(stage + (row_tile * STAGE_BLOCKS + k) * Weights::BYTES);
+                for (int k = 0; k < STAGE_BLOCKS; ++k) a[k].load_shared(stage + own_weights + k * Weights::BYTES);
 #if GROUPED
-        // The copies start while the tensor cores are at work.
-        Weights::multiply_shared<STAGE_BLOCKS * COLUMN_BLOCK>(sums, a, stage_columns, fill);
+                // The copies start while the tensor cores are at work.
+                Stored::template multiply_shared<COLUMN_TILE_BYTES>(sums, a, stage + own_columns, fill);
 #else
-        fill();
+                fill();
 #pragma unroll
-        for (int k = 0; k < STAGE_BLOCKS; ++k) {
-            Pack<uint32_t, 4> b[OWN];
+                for (int k = 0; k < STAGE_BLOCKS; ++k) {
+                    Pack<uint32_t, 4> b[OWN];
 #pragma unroll
-            for (int n = 0; n < OWN; ++n) b[n] = load_matrices(stage_columns + (n * STAGE_BLOCKS + k) * COLUMN_BLOCK);
-            a[k].multiply(sums, b);
-        }
+                    for (int n = 0; n < OWN; ++n) b[n] = load_matrices(stage + own_columns + n * COLUMN_TILE_BYTES + k * COLUMN_BLOCK);
+                    a[k].multiply(sums, b);
+                }
 #endif
-        if (++in_share == share_steps || step + 1 == steps) {
-            end_of_share(at_share++, sums);
-            in_share = 0;
+            }
         }
+        end_of_share(at_share, sums);
     }
     // The ring is free for what comes.
     wait_copies<0>();

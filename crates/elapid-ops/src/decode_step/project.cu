@@ -2,8 +2,8 @@
 // when x was written, and what is left, the factor of a whole column, multiplies the sums.
 //
 // Macros: QUANTISED (0: bf16, 1: int8 with scales), ROW_TILES, COLUMN_TILES, COLUMN_WARPS (0: few columns), GROUPED (1: groups
-// of four warps multiply), STAGE_BLOCKS, RING_BYTES, PARTS (blocks that share a sum); where columns are few, AHEAD (blocks of
-// terms under way to registers) and WARP_STAGES (stages of a warp's ring, or 0); TAPS of the convolution.
+// of four warps multiply), STAGE_BLOCKS, RING_BYTES, GOES_ON (1: products go on over the barriers between steps), PARTS (blocks
+// that share a sum); where columns are few, AHEAD (blocks of terms under way to registers) and WARP_STAGES (stages of a warp's ring, or 0); TAPS of the convolution.
 #include "prelude.cuh"
 #include "decode_product.cuh"
 #include "decode_ranking.cuh"
