@@ -447,14 +447,40 @@ fn rounded(x: &[f64], width: usize, block: usize) -> Cow<'_, [f64]> {
     if block == 0 {
         return Cow::Borrowed(x);
     }
-    let blocks = x.chunks(width).flat_map(|row| row.chunks(block));
-    let values = blocks.flat_map(|x| {
-        let largest = x.iter().fold(0.0f32, |largest, x| largest.max(x.abs() as f32));
-        let (scale, inverse) = (largest / 127.0, 127.0 / largest);
-        let (scale, inverse) = if inverse.is_finite() { (scale, inverse) } else { (0.0, 0.0) };
-        x.iter().map(move |x| f64::from((*x as f32 * inverse).round_ties_even()) * f64::from(scale))
-    });
-    Cow::Owned(values.collect())
+    let mut values = vec![0.0; x.len()];
+    Arch::new().dispatch(Rounding { x, width, block, values: &mut values });
+    Cow::Owned(values)
+}
+
+struct Rounding<'a> {
+    x: &'a [f64],
+    width: usize,
+    block: usize,
+    values: &'a mut [f64],
+}
+
+impl NullaryFnOnce for Rounding<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { x, width, block, values } = self;
+        for (x, values) in x.chunks(width).zip(values.chunks_mut(width)) {
+            for (x, values) in x.chunks(block).zip(values.chunks_mut(block)) {
+                let mut largest = 0.0f32;
+                for x in x {
+                    largest = largest.max(x.abs() as f32);
+                }
+                let (scale, inverse) = (largest / 127.0, 127.0 / largest);
+                let (scale, inverse) =
+                    if inverse.is_finite() { (scale, inverse) } else { (0.0, 0.0) };
+                for (x, value) in x.iter().zip(values) {
+                    let rounded = (*x as f32 * inverse).round_ties_even();
+                    *value = f64::from(rounded) * f64::from(scale);
+                }
+            }
+        }
+    }
 }
 
 fn silu(x: f64) -> f64 {
