@@ -137,8 +137,8 @@ impl Cut {
             // Eight warps at least, where there is work for them; large blocks have as many anyway.
             column_warps: match (column_tiles, row_tiles) {
                 (4, _) => 1,
-                (8 | 16, 5..) if grouped && encoding == Encoding::Bf16 => 1,
                 (8, 5..) if grouped => 1,
+                (16, 5..) if grouped && encoding == Encoding::Bf16 => 1,
                 (_, LARGE_ROW_TILES..) => 1,
                 _ => 2,
             },
@@ -194,7 +194,7 @@ impl Cut {
     /// need a larger ring and more registers, which blocks of 16 tiles of columns do not have.
     fn ring(&self, weights: &Packed) -> (usize, usize) {
         let (blocks, share) = (weights.blocks(), self.share(weights));
-        let bytes = self.row_tiles * weights.encoding().block_bytes() + 512 * self.column_tiles;
+        let bytes = self.step_bytes(weights);
         let narrow = weights.encoding() == Encoding::Bf16;
         let wide = match self.column_tiles {
             16 => self.row_tiles >= 4,
@@ -218,7 +218,7 @@ impl Cut {
     /// Whether products go on over the barriers of a run of several steps, which wants two stages more.
     fn goes_on(&self, weights: &Packed) -> bool {
         let (some, ring) = self.ring(weights);
-        let bytes = self.row_tiles * weights.encoding().block_bytes() + 512 * self.column_tiles;
+        let bytes = self.step_bytes(weights);
         self.grouped
             && weights.encoding() == Encoding::Bf16
             && some >= 2
@@ -243,7 +243,7 @@ impl Cut {
             _ => (2, 2),
         };
         let room = if self.alone { LARGE_WARP_RING_BYTES } else { WARP_RING_BYTES };
-        let stages = (self.room(room) / (self.shares * self.warp_stage_bytes(weights))).min(8);
+        let stages = (self.room(room) / (self.shares * self.step_bytes(weights))).min(8);
         (most.min(share), if share > runs && stages >= 3 { stages } else { 0 })
     }
 
@@ -252,7 +252,8 @@ impl Cut {
         bytes.min(self.shared.saturating_sub(2 * self.factor_bytes()))
     }
 
-    fn warp_stage_bytes(&self, weights: &Packed) -> usize {
+    /// Bytes of one block of terms of all tiles.
+    fn step_bytes(&self, weights: &Packed) -> usize {
         self.row_tiles * weights.encoding().block_bytes() + 512 * self.column_tiles
     }
 
@@ -289,7 +290,7 @@ impl Cut {
             (threads, ring.max(sums + 4 * rows * constants))
         } else {
             let (_, stages) = self.ahead(weights);
-            let ring = self.shares * stages * self.warp_stage_bytes(weights);
+            let ring = self.shares * stages * self.step_bytes(weights);
             (32 * self.shares, ring.max(self.shares * sums))
         };
         Launch {
